@@ -1,0 +1,45 @@
+"""Packaging of trd_megatron. conf/ travels inside the package as trd_megatron/conf."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CONF = Path(__file__).parent / "conf"
+conf_files = sorted(str(path.relative_to(CONF)) for path in CONF.rglob("*.yaml"))
+
+setup(
+    name="trd_megatron",
+    version="0.1.0",
+    description="Trajectory-Refined Distillation with a Megatron-Core learner",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.12",
+    packages=[*find_packages(include=["trd_megatron", "trd_megatron.*"]), "trd_megatron.conf"],
+    package_dir={"trd_megatron.conf": "conf"},
+    package_data={"trd_megatron.conf": conf_files, "trd_megatron.report": ["*.j2"]},
+    install_requires=[
+        "hydra-core>=1.3.2",
+        "jinja2>=3.1",
+        "math-verify>=0.9",
+        "matplotlib>=3.9",
+        "megatron-core==0.16.1",
+        "numpy>=2",
+        "omegaconf>=2.3",
+        "peft>=0.18",
+        "psutil>=6",
+        "pyarrow>=20",
+        "pyyaml>=6",
+        "rich>=13.9",
+        "safetensors>=0.5",
+        "tensorboard>=2.18",
+        "torch>=2.13",
+        "transformers>=5.0",
+        "typer>=0.15",
+    ],
+    extras_require={
+        "quickstart": ["accelerate>=1.10", "gguf>=0.17", "reasoning-gym==0.1.25"],
+        "dev": ["hypothesis>=6.150", "mypy>=1.18", "pytest>=8.4", "pytest-timeout>=2.4", "ruff>=0.14"],
+    },
+    entry_points={"console_scripts": ["trd = trd_megatron.cli:main"]},
+)

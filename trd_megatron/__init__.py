@@ -1,0 +1,3 @@
+"""Trajectory-Refined Distillation with a Megatron-Core learner."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,199 @@
+"""The `trd` command: reads the command line, calls one function, prints. Exit codes: 0, 1 failed, 2 wrong input, 130 interrupted."""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from trd_megatron import __version__
+from trd_megatron.errors import UserError
+from trd_megatron.progress import console
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Distil a language model on its own attempts, repaired first (Trajectory-Refined Distillation).\n\n"
+    "Start with: trd run experiment=smoke   (the whole pipeline in a minute, on a CPU)",
+)  # fmt: skip
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="experiment=NAME [KEY=VALUE]...", help="The experiment, then any settings, e.g. learner.learning_rate=1e-5."),
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, e.g. runs/smoke.")]
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    overrides: Overrides = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.", metavar="STAGE")] = None,
+    only: Annotated[str | None, typer.Option(help="Run this stage alone; what it reads must be done.", metavar="STAGE")] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="List every setting with its type, default and meaning, and exit.")] = False,
+) -> None:
+    """Run an experiment: prepare, rollout, refine, train, export, evaluate, report.
+
+    What is done already with the same settings is skipped; an interrupted stage goes on where it stopped.
+
+    [bold]Examples[/bold]
+
+      trd run experiment=quickstart
+
+      trd run experiment=quickstart method=forward_kl run_dir=runs/forward_kl
+
+      trd run experiment=quickstart data=file data.path=my_problems.jsonl data.test_problems=50 --until refine
+    """
+    if keys:
+        _print_keys()
+        return
+    from trd_megatron.config import load
+
+    config = load(overrides or [])
+    from trd_megatron import pipeline
+    from trd_megatron.run_dir import Manifest, RunDir
+
+    run_dir = RunDir(config.run_dir, config.name)
+    console.print(f"[bold]{config.name}[/bold]: method {config.method.name}, {config.mode}, in {run_dir.path}")
+    started = time.monotonic()
+    rows: list[tuple[str, Manifest, bool]] = []
+
+    def on_stage(stage: pipeline.Stage, manifest: Manifest, skipped: bool) -> None:
+        console.print(f"  {stage.name}: {'done before, skipped' if skipped else f'done in {manifest.seconds:.1f} s'}", highlight=False)
+        rows.append((stage.name, manifest, skipped))
+
+    pipeline.run(config, run_dir, until=until, only=only, on_stage=on_stage)
+    console.print(_summary(rows))
+    report = run_dir.path / "report.html"
+    if report.exists() and (until is None or until == "report") and only in (None, "report"):
+        console.print(f"report: {report}", highlight=False)
+    console.print(f"{time.monotonic() - started:.1f} s in all", highlight=False)
+
+
+def _summary(rows: list[tuple[str, Any, bool]]) -> Table:
+    """What came out of each stage, one line each."""
+    table = Table("stage", "result", "seconds", title="Summary")
+    for name, manifest, skipped in rows:
+        table.add_row(name, _result(name, manifest.counts), "skipped" if skipped else f"{manifest.seconds:.1f}")
+    return table
+
+
+def _result(stage: str, counts: dict[str, Any]) -> str:
+    """The figures of a stage's manifest that a reader wants first."""
+    if stage == "prepare":
+        return f"{counts['train_problems']} problems to train on, {counts['test_problems']} held out"
+    if stage in ("rollout", "refine"):
+        skipped = f", {counts['skipped_over_budget']} over the prompt budget" if counts["skipped_over_budget"] else ""
+        cut = counts["finish_reasons"].get("length", 0)
+        rate = 100 * counts["passed"] / max(counts["samples"], 1)
+        return f"{counts['samples']} samples, {rate:.1f} % pass, {counts['mean_response_tokens']:.0f} tokens each, {cut} cut off{skipped}"
+    if stage == "train":
+        before, after = counts["kl_fixed_batch_before"], counts["kl_fixed_batch_after"]
+        change = f" ({100 * (after / before - 1):+.1f} %)" if before else ""
+        return f"{counts['steps']} steps, held-out KL {before:.4f} -> {after:.4f}{change}"
+    if stage == "export":
+        return f"step {counts['step']}, {counts['adapter_parameters']:,} adapter parameters merged"
+    if stage.startswith("evaluate"):
+        return "; ".join(f"{name}: Avg@{c['k']} {c['avg_at_k']:.1f}, Pass@{c['k']} {c['pass_at_k']:.1f}" for name, c in counts.items())
+    return ", ".join(f"{key} {value}" for key, value in counts.items())
+
+
+@app.command()
+def plan(
+    overrides: Overrides = None,
+    show_sample: Annotated[bool, typer.Option("--show-sample", help="Print one training sequence: prompt dim, response green.")] = False,
+) -> None:
+    """Show what a run would do: stages and what is cached, sizes, disk and memory. Runs nothing."""
+    from trd_megatron.config import load
+
+    config = load(overrides or [])
+    from trd_megatron import planning
+
+    for table in planning.tables(config):
+        console.print(table)
+    if show_sample:
+        console.print(planning.sample(config))
+
+
+@app.command()
+def status(run_path: RunPath) -> None:
+    """Show the stages of a run: state, counts, rates."""
+    from trd_megatron import planning
+
+    console.print(planning.status(run_path))
+
+
+@app.command()
+def report(run_path: RunPath) -> None:
+    """Write report.html and report.json of a run anew from what lies there."""
+    from trd_megatron.config import from_dict
+    from trd_megatron.run_dir import RunDir, read_config
+    from trd_megatron.stages import report as stage
+
+    config = from_dict(read_config(run_path))
+    run_dir = RunDir(run_path, config.name)
+    with run_dir.lock():
+        stage.run(config, run_dir, run_dir.report)
+    console.print(f"report: {run_path / 'report.html'}", highlight=False)
+
+
+@app.command()
+def doctor() -> None:
+    """Show what this machine has, and what is missing for which feature."""
+    from trd_megatron import doctor as checks
+
+    console.print(checks.table())
+
+
+def _print_keys() -> None:
+    from trd_megatron.config import conf_dir, groups, leaves, options
+
+    for group in groups():
+        typer.echo(f"{group}={'|'.join(options(group))}   (files in {conf_dir() / group})")
+    typer.echo("")
+    for key, field in leaves():
+        import dataclasses
+
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+        kind = getattr(field.type, "__name__", None) if not str(field.type).startswith(("list", "dict")) else None
+        typer.echo(f"{key}: {kind or field.type} = {default}\n    {field.metadata['help']}")
+
+
+def main() -> None:
+    """Entry point: maps exceptions to exit codes, one line each."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as exit_:
+        sys.exit(exit_.exit_code)
+    except UserError as error:
+        _fail(str(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; the same command goes on where it stopped", 130)
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.ClickException):
+            _fail(error.format_message(), 2)
+        from trd_megatron.learner.job import LearnerFailedError
+
+        if isinstance(error, LearnerFailedError | OSError):
+            _fail(f"{type(error).__name__}: {error}", 1)
+        raise
+
+
+def _fail(message: str, code: int) -> None:
+    console.print(f"[red]error:[/red] {message}" if code != 130 else message, markup=code != 130, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The user's own problems: a .parquet or .jsonl file with the columns problem and answer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trd_megatron.errors import UserError
+
+REQUIRED = ("problem", "answer")
+OPTIONAL = ("problem_id", "answer_type", "check_values", "reference_solution", "starter_code", "tests", "source", "split")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .parquet, .jsonl or .json (a list of objects) file. Raises UserError if it is missing or damaged."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: set data.path to a .parquet or .jsonl file")
+    try:
+        if path.suffix == ".parquet":
+            return pq.read_table(path).to_pylist()
+        if path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as file:
+                rows = [json.loads(line) for line in file if line.strip()]
+        else:
+            raise UserError(f"{path}: must end in .parquet, .jsonl or .json")
+    except (pa.ArrowInvalid, OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: every entry must be an object with the columns {', '.join(REQUIRED)}")
+    return rows
+
+
+def load(path: Path) -> list[dict[str, Any]]:
+    """Problems of a file. Raises UserError that names the missing column or the row that is wrong."""
+    rows = read_rows(path)
+    columns = {name for row in rows for name in row}
+    for name in REQUIRED:
+        if rows and name not in columns:
+            raise UserError(f"{path} has no column '{name}'; it has: {', '.join(sorted(columns))}")
+    problems = []
+    for number, row in enumerate(rows):
+        if not isinstance(row.get("problem"), str) or not row["problem"].strip():
+            raise UserError(f"{path}: row {number} has no problem text")
+        answer = row.get("answer")
+        if answer is None or not str(answer).strip():
+            raise UserError(f"{path}: row {number} has no answer ('{row['problem'][:40]}')")
+        problem = {name: None if row.get(name) is None else str(row[name]) for name in OPTIONAL}
+        problem |= {"problem": row["problem"], "answer": str(answer), "task": "math"}
+        problem["problem_id"] = problem["problem_id"] or f"{path.stem}-{number}"
+        problem["source"] = problem["source"] or path.name
+        problems.append(problem)
+    return problems

@@ -1,0 +1,60 @@
+"""What a generation engine is to the stages that use it: shards of token ids in, token ids out."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. top_k is applied before top_p; temperature 0 is greedy."""
+
+    temperature: float
+    top_p: float
+    top_k: int  # -1: the whole vocabulary
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample to draw. Its draw depends on `seed`, not on its neighbours in the batch (up to rounding)."""
+
+    prompt_ids: list[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One drawn response.
+
+    token_ids includes the end-of-turn token when it was produced (finish_reason "stop"). logprobs are those of token_ids
+    at temperature 1 over the full vocabulary, before top-k and top-p; same length as token_ids.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+
+
+class Engine(Protocol):
+    """Draws responses for shards of requests. A shard is the unit in which results are stored."""
+
+    name: str
+
+    def generate(
+        self,
+        shards: Iterable[list[Request]],
+        sampling: SamplingParams,
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ) -> Iterator[tuple[int, list[Generation]]]:
+        """Yields (index of the shard, its generations in request order), each shard once, in any order.
+
+        The same shard gives the same ids whatever other shards are around. `on_tokens` hears of newly drawn tokens.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees the memory or the connections. Calling it twice is fine."""
+        ...

@@ -1,0 +1,53 @@
+"""Everything Megatron-Core needs on a machine without a GPU. Imported only where learner.device=cpu; nothing else knows about it.
+
+Megatron-Core asks CUDA for the current device, for random states and for `device="cuda"` tensors in a few places. Here
+these are answered with the CPU.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import megatron.core
+import torch
+from megatron.core.tensor_parallel import random as megatron_random
+from torch.overrides import TorchFunctionMode
+
+from trd_megatron.errors import UserError
+
+TESTED_VERSIONS = ("0.16.1",)
+
+
+def prepare() -> None:
+    """Makes Megatron-Core usable in this process. Raises UserError on a version that was not tested."""
+    version = megatron.core.__version__
+    if version not in TESTED_VERSIONS:
+        raise UserError(f"megatron-core {version} was not tested on CPU: install one of {', '.join(TESTED_VERSIONS)}")
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    # Recomputation saves and restores random states; the one on the CPU generator is all there is.
+    patched: Any = megatron_random
+    patched._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    patched._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    patched.initialize_rng_tracker()
+    patched._CUDA_RNG_STATE_TRACKER.reset()
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites device="cuda" arguments to the CPU."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = torch.device("cpu")
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def cuda_means_cpu() -> Iterator[None]:
+    """For the calls that have `device="cuda"` written into them (distributed checkpointing)."""
+    with _CudaMeansCpu():
+        yield

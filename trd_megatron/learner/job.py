@@ -1,0 +1,84 @@
+"""The hand-over from the train stage to the learner's ranks, and how the stage starts them. Imports no Megatron."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trd_megatron.config import LearnerConfig
+from trd_megatron.errors import UserError
+from trd_megatron.learner.packing import Sample
+from trd_megatron.records import SAMPLE
+from trd_megatron.run_dir import read_parquet, write_json
+
+JOB, SAMPLES, ERROR, LOG = "job.json", "samples.parquet", "error.json", "learner.log"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a rank needs besides train/samples.parquet."""
+
+    config: dict[str, Any]
+    student_path: str
+    teacher_path: str | None
+
+    @staticmethod
+    def read(folder: Path) -> "Job":
+        return Job(**json.loads((folder / JOB).read_text(encoding="utf-8")))
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / JOB, asdict(self))
+
+    def samples(self, folder: Path) -> list[Sample]:
+        """The trajectories in the order of the parquet file."""
+        return [Sample(**row) for row in read_parquet(folder / SAMPLES, SAMPLE)]
+
+
+class LearnerFailedError(RuntimeError):
+    """A rank of the learner ended with an error."""
+
+
+def run_ranks(folder: Path, config: LearnerConfig) -> Iterator[dict[str, Any]]:
+    """Starts the ranks with torchrun and yields the metrics of each step as it ends.
+
+    Raises UserError for what the user can mend, LearnerFailedError (with the log's path) for the rest. The ranks are
+    killed when the caller stops reading or dies.
+    """
+    (folder / ERROR).unlink(missing_ok=True)
+    ranks = config.tensor_model_parallel_size * config.data_parallel_size
+    threads = max((os.cpu_count() or 1) // ranks, 1) if config.device == "cpu" else 1
+    command = [sys.executable, "-m", "trd_megatron.learner.torchrun", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "--max-restarts=0", "-m", "trd_megatron.learner", str(folder)]
+    environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
+    if config.device != "cpu":
+        del environment["GLOO_SOCKET_IFNAME"]
+    with (folder / LOG).open("a", encoding="utf-8") as log:
+        process = subprocess.Popen(command, env=environment | dict(os.environ), stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("{"):
+                    yield json.loads(line)
+                else:
+                    log.write(line)
+            code = process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(timeout=30)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+    if code == 0:
+        return
+    if (folder / ERROR).exists():
+        error = json.loads((folder / ERROR).read_text(encoding="utf-8"))
+        if error["kind"] == UserError.__name__:
+            raise UserError(error["message"])
+        raise LearnerFailedError(error["message"])
+    raise LearnerFailedError(f"the learner ended with exit code {code}: see {folder / LOG}")

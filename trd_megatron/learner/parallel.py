@@ -1,0 +1,83 @@
+"""Process groups: who shares a layer (tensor parallel) and who shares a global batch (data parallel)."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from trd_megatron.config import LearnerConfig
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This process's place. Ranks are ordered with tensor parallelism innermost."""
+
+    device: torch.device
+    rank: int
+    tp_size: int
+    tp_rank: int
+    tp_group: dist.ProcessGroup
+    dp_size: int
+    dp_rank: int
+    dp_group: dist.ProcessGroup
+    sequence_parallel: bool
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def megatron_device(self) -> AbstractContextManager[None]:
+        """Surrounds Megatron calls that have device="cuda" written into them."""
+        if self.device.type == "cpu":
+            from trd_megatron.learner.cpu import cuda_means_cpu
+
+            return cuda_means_cpu()
+        return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Joins the ranks that torchrun started, over gloo (cpu) or nccl (cuda)."""
+    if device == "cpu":
+        from trd_megatron.learner import cpu
+
+        cpu.prepare()
+        dist.init_process_group("gloo")
+    else:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        torch.cuda.set_device(local_rank)
+        dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def setup(config: LearnerConfig) -> Parallel:
+    """Builds Megatron's groups over the ranks of the process group; may be called again with another layout.
+
+    Raises ValueError if the ranks are not tensor_model_parallel_size x data_parallel_size.
+    """
+    tp, dp = config.tensor_model_parallel_size, config.data_parallel_size
+    if dist.get_world_size() != tp * dp:
+        raise ValueError(f"{dist.get_world_size()} ranks, but tensor_model_parallel_size x data_parallel_size = {tp} x {dp}")
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+    tensor_parallel.model_parallel_cuda_manual_seed(0)  # only dropout would draw from it, and there is none
+    return Parallel(
+        device=torch.device("cpu") if config.device == "cpu" else torch.device("cuda", torch.cuda.current_device()),
+        rank=dist.get_rank(),
+        tp_size=tp,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_size=dp,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        sequence_parallel=config.sequence_parallel,
+    )

@@ -1,0 +1,75 @@
+"""One optimizer step's loss and gradients, and the held-out KL: micro-batches in, sums over the global batch out."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from trd_megatron.divergence import Divergence, KLOutput, linear_kl
+from trd_megatron.learner.model import Model
+from trd_megatron.learner.packing import MicroBatch, Sample, deal, micro_batches
+from trd_megatron.learner.parallel import Parallel
+from trd_megatron.learner.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over a global batch, equal on all ranks. Per-token figures are sums / tokens."""
+
+    tokens: int  # response tokens
+    loss: float  # sum of per-token values, after the clip
+    kl: float  # the same before the clip
+    student_nll: float
+    teacher_nll: float
+    sequence_tokens: int  # tokens of the student's sequences, prompts included
+
+
+class Step:
+    """Runs batches through teacher, student and loss under one layout."""
+
+    def __init__(self, student: Model, teacher: Teacher, divergence: Divergence, max_tokens: int, chunk_tokens: int) -> None:
+        self.student, self.teacher, self.divergence = student, teacher, divergence
+        self.max_tokens, self.chunk_tokens = max_tokens, chunk_tokens
+        self.parallel: Parallel = student.parallel
+
+    def _micro_batches(self, samples: list[Sample]) -> list[MicroBatch]:
+        mine = deal(samples, self.parallel.dp_size)[self.parallel.dp_rank]
+        multiple = self.parallel.tp_size if self.parallel.sequence_parallel else 1
+        return micro_batches(mine, self.max_tokens, multiple, self.parallel.device)
+
+    def _kl(self, batch: MicroBatch, weight: float) -> KLOutput:
+        teacher_hidden = self.teacher.response_hidden(batch.teacher)
+        student_hidden = self.student.hidden_states(batch.student)[batch.student.rows]
+        return linear_kl(
+            student_hidden,
+            self.student.output_weight,
+            teacher_hidden,
+            self.teacher.output_weight,
+            self.divergence,
+            token_weights=torch.full((len(batch.student.rows),), weight, device=student_hidden.device),
+            targets=batch.student.targets,
+            vocab_size=self.student.architecture.vocab_size,
+            tp_group=self.parallel.tp_group if self.parallel.tp_size > 1 else None,
+            chunk_tokens=self.chunk_tokens,
+        )
+
+    def run(self, samples: list[Sample], *, backward: bool) -> Sums:
+        """The whole global batch `samples` (the same list on all ranks); gradients of the global token mean if `backward`.
+
+        Gradients are this rank's share: the optimizer adds them up over the data-parallel group.
+        """
+        tokens = sum(sample.response_tokens for sample in samples)
+        totals = torch.zeros(5, dtype=torch.float64, device=self.parallel.device)
+        for batch in self._micro_batches(samples):
+            with torch.set_grad_enabled(backward):
+                output = self._kl(batch, 1.0 / tokens)
+                if backward:
+                    output.loss.backward()
+            assert output.student_logprob is not None and output.teacher_logprob is not None
+            parts = (output.per_token, output.unclipped, -output.student_logprob, -output.teacher_logprob)
+            totals[:4] += torch.stack([part.double().sum() for part in parts])
+            totals[4] += len(batch.student.ids)
+        if self.parallel.dp_size > 1:
+            dist.all_reduce(totals, group=self.parallel.dp_group)
+        loss, kl, student_nll, teacher_nll, sequence_tokens = totals.tolist()
+        return Sums(tokens, loss, kl, student_nll, teacher_nll, int(sequence_tokens))

@@ -1,0 +1,194 @@
+"""The training loop: samples in, checkpoints, metrics.jsonl and summary.json out. Runs on every rank."""
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from trd_megatron.config import Config
+from trd_megatron.divergence import Divergence
+from trd_megatron.learner import checkpoint
+from trd_megatron.learner.checkpoint_files import best_step, prune, saved_steps
+from trd_megatron.learner.lora import Adapters
+from trd_megatron.learner.model import Model
+from trd_megatron.learner.optimizer import Optimizer, learning_rate
+from trd_megatron.learner.packing import Sample
+from trd_megatron.learner.parallel import Parallel
+from trd_megatron.learner.step import Step, Sums
+from trd_megatron.learner.teacher import Teacher
+from trd_megatron.run_dir import atomic_write, write_json
+
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+
+
+def split_held_out(samples: list[Sample], held_out: int, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """(training samples, fixed held-out batch). The choice depends on the seed and the samples' order alone."""
+    chosen = set(random.Random(seed).sample(range(len(samples)), held_out))
+    return [s for i, s in enumerate(samples) if i not in chosen], [samples[i] for i in sorted(chosen)]
+
+
+def schedule(count: int, config: Config) -> list[list[int]]:
+    """Indices of the training samples of each step: a seeded shuffle per epoch; the last batch of an epoch may be smaller."""
+    size = config.learner.global_batch_size
+    steps: list[list[int]] = []
+    for epoch in range(config.learner.epochs):
+        order = list(range(count))
+        random.Random(f"{config.seed}/{epoch}").shuffle(order)
+        steps += [order[start : start + size] for start in range(0, count, size)]
+    return steps[: config.learner.max_steps]
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient norm is not finite; nothing was updated."""
+
+
+class Trainer:
+    """Student, teacher, adapters and optimizer on this rank."""
+
+    def __init__(self, config: Config, student_path: Path, teacher_path: Path | None, parallel: Parallel) -> None:
+        """teacher_path None: OPSD. Raises UserError if a model does not fit."""
+        learner = config.learner
+        self.config, self.parallel = config, parallel
+        self.student = Model(student_path, learner, parallel)
+        self.adapters = Adapters(self.student, learner.lora, config.seed)
+        if teacher_path is None:
+            self.teacher = Teacher(self.student, self.student, self.adapters)
+        else:
+            self.teacher = Teacher(Model(teacher_path, learner, parallel), self.student, None)
+        self.factors = self.adapters.factors()
+        self.optimizer = Optimizer(self.factors, learner, parallel)
+        divergence = Divergence(**asdict(config.method.divergence))
+        self.step = Step(self.student, self.teacher, divergence, learner.max_tokens_per_micro_batch, learner.kl_chunk_tokens)
+
+    def update(self, batch: list[Sample], rate: float) -> tuple[Sums, float]:
+        """One optimizer step; returns the batch's sums and the gradient norm before clipping. Raises NonFiniteError."""
+        sums = self.step.run(batch, backward=True)
+        self.optimizer.reduce_gradients()
+        norm = self.optimizer.gradient_norm()
+        if not (math.isfinite(sums.loss) and math.isfinite(norm)):
+            self.optimizer.zero_grad()
+            names = ", ".join(f"{sample.problem_id}/{sample.sample_index}" for sample in batch)
+            raise NonFiniteError(f"loss {sums.loss}, gradient norm {norm}: not finite, nothing was updated; samples: {names}")
+        self.optimizer.step(rate, norm)
+        return sums, norm
+
+    def held_out_kl(self, batch: list[Sample]) -> float:
+        """Mean unclipped divergence per response token of the fixed batch."""
+        sums = self.step.run(batch, backward=False)
+        return sums.kl / sums.tokens
+
+
+def train(
+    config: Config,
+    folder: Path,
+    samples: list[Sample],
+    student_path: Path,
+    teacher_path: Path | None,
+    parallel: Parallel,
+    on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
+) -> dict[str, Any]:
+    """Trains on `samples` and writes into `folder` (train/); goes on from the newest checkpoint there. Returns the summary.
+
+    Needs more samples than learner.held_out_samples. Raises NonFiniteError, and UserError if a model does not fit.
+    """
+    started = time.monotonic()
+    learner, checkpoints = config.learner, folder / "checkpoints"
+    training, fixed = split_held_out(samples, learner.held_out_samples, config.seed)
+    steps = schedule(len(training), config)
+    trainer = Trainer(config, student_path, teacher_path, parallel)
+
+    done = max(saved_steps(checkpoints), default=0)
+    if done:
+        state = checkpoint.load(checkpoints, done, trainer.factors, trainer.optimizer, parallel)
+    else:
+        kl = trainer.held_out_kl(fixed)
+        state = {"step": 0, "total_steps": len(steps), "kl_before": kl, "held_out_kl": {"0": kl}, "tokens": 0, "seconds": 0.0}
+    earlier_seconds = state["seconds"]
+    log = _Log(folder, done) if parallel.is_main else None
+
+    for number in range(done + 1, len(steps) + 1):
+        begun = time.monotonic()
+        rate = learning_rate(learner, number, len(steps))
+        batch = [training[i] for i in steps[number - 1]]
+        sums, norm = trainer.update(batch, rate)
+        last = number == len(steps)
+        metrics: dict[str, Any] = {
+            "step": number,
+            "loss": sums.loss / sums.tokens,
+            "kl": sums.kl / sums.tokens,
+            "grad_norm": norm,
+            "lr": rate,
+            "student_nll": sums.student_nll / sums.tokens,
+            "teacher_nll": sums.teacher_nll / sums.tokens,
+            "response_tokens": sums.tokens,
+            "samples": len(batch),
+        }
+        seconds = time.monotonic() - begun
+        metrics |= {"tokens_per_second": sums.sequence_tokens / seconds, "seconds": seconds}
+        if last or number % learner.eval_interval == 0:
+            metrics["held_out_kl"] = state["held_out_kl"][str(number)] = trainer.held_out_kl(fixed)
+        state |= {"step": number, "tokens": state["tokens"] + sums.tokens}
+        state["seconds"] = earlier_seconds + time.monotonic() - started
+        if log is not None:
+            log.write(metrics)
+        if last or number % learner.checkpoint_interval == 0:
+            checkpoint.save(checkpoints, state, trainer.factors, trainer.optimizer, parallel)
+            if parallel.is_main:
+                prune(checkpoints, learner.keep_checkpoints, best_step(state, checkpoints))
+        on_step(metrics)
+
+    summary = {
+        "kl_fixed_batch_before": state["kl_before"],
+        "kl_fixed_batch_after": state["held_out_kl"][str(state["step"])],
+        "steps": state["step"],
+        "tokens": state["tokens"],
+        "seconds": state["seconds"],
+        "best_step": best_step(state, checkpoints),
+        "training_samples": len(training),
+        "held_out_samples": len(fixed),
+    }
+    if log is not None:
+        log.close()
+        write_json(folder / SUMMARY, summary)
+    return summary
+
+
+class _Log:
+    """metrics.jsonl and tensorboard; lines after the step that training goes on from are dropped."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        path = folder / METRICS
+        kept = [line for line in read_metrics(path) if line["step"] <= done] if path.exists() else []
+        with atomic_write(path) as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            if name != "step":
+                self._board.add_scalar(f"train/{name}", value, metrics["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last line that a crash cut short is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            lines.append(json.loads(line))
+    return lines
+
+

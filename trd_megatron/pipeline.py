@@ -1,0 +1,145 @@
+"""The stages in order, and nothing else: which there are, what each reads, which are done, and running the others."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from trd_megatron.builtin_models import model_fingerprint, resolve_model
+from trd_megatron.config import Config, get, leaves, to_dict
+from trd_megatron.errors import UserError
+from trd_megatron.run_dir import Manifest, RunDir, StageFolder, file_sha256
+from trd_megatron.stages import evaluate, export, prepare, refine, report, rollout, train
+
+Run = Callable[[Config, RunDir, Path], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """settings: the keys (or their sections) it reads; models: the folders it reads; needs: the stages whose output it reads."""
+
+    name: str
+    folder: str  # in the run directory
+    run: Run
+    settings: tuple[str, ...]
+    needs: tuple[str, ...] = ()
+    reads_data: bool = False
+    reads_student: bool = False
+    reads_teacher: bool = False
+    reads_benchmarks: bool = False
+
+    @property
+    def group(self) -> str:
+        """The name on the command line: evaluate for evaluate/base and evaluate/student."""
+        return self.name.split("/")[0]
+
+
+_PROMPT = ("data.prompt_format", "student", "seed", "engine", "verify")
+STAGES = (
+    Stage("prepare", "problems", prepare.run, ("data.source", "data.train_problems", "data.test_problems", "task", "seed"), reads_data=True),
+    Stage("rollout", "rollouts", rollout.run, ("rollout", *_PROMPT), ("prepare",), reads_student=True),
+    Stage("refine", "refined", refine.run, ("refine", "mode", "teacher", *_PROMPT), ("rollout",), reads_teacher=True),
+    Stage(
+        "train", "train", train.run, ("learner", "method", "mode", "teacher", "refine", "data.prompt_format", "seed"),
+        ("rollout", "refine"), reads_student=True, reads_teacher=True,
+    ),
+    Stage("export", "hf", export.run, ("export",), ("train",), reads_student=True),
+    Stage("evaluate/base", "eval/base", evaluate.run_base, ("evaluate", *_PROMPT), ("prepare",), reads_student=True, reads_benchmarks=True),
+    Stage("evaluate/student", "eval/student", evaluate.run_student, ("evaluate", *_PROMPT), ("export",), reads_benchmarks=True),
+    Stage("report", "report", report.run, ("name",), ("rollout", "refine", "train", "evaluate/base", "evaluate/student")),
+)  # fmt: skip
+GROUPS = tuple(dict.fromkeys(stage.group for stage in STAGES))
+
+
+def wanted(config: Config) -> list[Stage]:
+    """The stages of this configuration: a method that trains on y_o needs no refinement."""
+    return [stage for stage in STAGES if stage.name != "refine" or config.method.trajectory == "refined"]
+
+
+@cache
+def _model_hash(path: str) -> str:
+    return model_fingerprint(resolve_model(path))
+
+
+def _settings(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Values of the result-changing settings under `keys`. Paths are left out: what they lead to is hashed instead."""
+    return {
+        name: get(config, name)
+        for name, field in leaves()
+        if not field.metadata["layout"] and not name.endswith(".path") and any(name == key or name.startswith(f"{key}.") for key in keys)
+    }
+
+
+def _outside(config: Config, stage: Stage) -> dict[str, str]:
+    """Hashes of what a stage reads from outside the run."""
+    inputs = {}
+    if stage.reads_data and config.data.path is not None:
+        inputs["data.path"] = _file_hash(config.data.path, "data.path")
+    if stage.reads_student:
+        inputs["model.path"] = _model_hash(config.model.path)
+    if stage.reads_teacher:
+        inputs["teacher.path"] = _model_hash(config.teacher.path or config.model.path)
+    if stage.reads_benchmarks:
+        for benchmark in config.evaluate.benchmarks:
+            if benchmark != "test":
+                inputs[f"evaluate.benchmarks.{Path(benchmark).name}"] = _file_hash(benchmark, "evaluate.benchmarks")
+    return inputs
+
+
+def _file_hash(path: str, key: str) -> str:
+    if not Path(path).is_file():
+        raise UserError(f"{key}: {path} does not exist")
+    return file_sha256(Path(path))
+
+
+def folders(config: Config, run_dir: RunDir) -> Iterator[tuple[Stage, StageFolder]]:
+    """Every stage of this configuration with its folder and fingerprint. Fetches or makes models that are not there yet."""
+    fingerprints: dict[str, str] = {}
+    for stage in wanted(config):
+        inputs = {need: fingerprints[need] for need in stage.needs if need in fingerprints}
+        folder = StageFolder(
+            run_dir, stage.name.replace("/", "-"), run_dir.path / stage.folder, _settings(config, stage.settings), inputs | _outside(config, stage)
+        )
+        fingerprints[stage.name] = folder.fingerprint
+        yield stage, folder
+
+
+def run(
+    config: Config,
+    run_dir: RunDir,
+    *,
+    until: str | None = None,
+    only: str | None = None,
+    on_stage: Callable[[Stage, Manifest, bool], None] = lambda stage, manifest, skipped: None,
+) -> None:
+    """Runs what is not done yet, in order. until: stop after this stage. only: this stage alone, its inputs must be done.
+
+    on_stage hears of each stage as it ends: (stage, manifest, whether it was skipped).
+    """
+    for name in (until, only):
+        if name is not None and name not in GROUPS:
+            raise UserError(f"no stage '{name}': stages are {', '.join(GROUPS)}")
+    todo = list(folders(config, run_dir))
+    with run_dir.lock():
+        run_dir.write_config(to_dict(config))
+        done: set[str] = set()
+        for stage, folder in todo:
+            state = folder.state()
+            if only is not None and stage.group != only:
+                done |= {stage.name} if state == "done" else set()
+                continue
+            missing = [need for need in stage.needs if need not in done and any(s.name == need for s, _ in todo)]
+            if missing:
+                raise UserError(f"stage {stage.name} reads {missing[0]}, which is not done: run it first (--until {missing[0].split('/')[0]})")
+            manifest = folder.open()
+            skipped = manifest.status == "done"
+            if not skipped:
+                started = time.monotonic()
+                counts = stage.run(config, run_dir, folder.folder)
+                folder.close(manifest, counts, time.monotonic() - started)
+            done.add(stage.name)
+            on_stage(stage, manifest, skipped)
+            if until is not None and stage.group == until and not any(s.group == until and s.name not in done for s, _ in todo):
+                return

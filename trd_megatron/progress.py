@@ -1,0 +1,52 @@
+"""Progress bars for long work: what is done, how fast, how long it still takes."""
+
+import contextlib
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+console = Console(stderr=True)
+
+
+class _Rate(ProgressColumn):
+    """Items per second, and tokens per second where the task counts them."""
+
+    def render(self, task: Task) -> Text:
+        seconds = task.finished_time or task.elapsed
+        if not seconds or task.total is None:
+            return Text("")
+        parts = [f"{(task.completed - task.fields['start']) / seconds:.2f} {task.fields['unit']}/s"]
+        if task.fields["tokens"]:
+            parts.append(f"{task.fields['tokens'] / seconds:.0f} tok/s")
+        return Text(" ".join(parts), style="cyan")
+
+
+class Bar:
+    """One bar. Items move it, tokens and notes are shown beside it."""
+
+    def __init__(self, progress: Progress, description: str, total: int, unit: str, start: int) -> None:
+        self._progress, self._tokens = progress, 0
+        self._task = progress.add_task(description, total=total, completed=start, unit=unit, tokens=0, note="", start=start)
+
+    def advance(self, items: int = 1) -> None:
+        self._progress.advance(self._task, items)
+
+    def tokens(self, count: int) -> None:
+        self._tokens += count
+        self._progress.update(self._task, tokens=self._tokens)
+
+    def note(self, text: str) -> None:
+        self._progress.update(self._task, note=text)
+
+
+@contextlib.contextmanager
+def bar(description: str, total: int, unit: str, start: int = 0) -> Iterator[Bar]:
+    """A bar on standard error; where that is no terminal, only its last state is printed."""
+    columns = (
+        TextColumn("{task.description:<18}"), BarColumn(bar_width=30), MofNCompleteColumn(), _Rate(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", style="dim"),
+    )  # fmt: skip
+    with Progress(*columns, console=console) as progress:
+        yield Bar(progress, description, total, unit, start)

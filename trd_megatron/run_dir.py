@@ -1,0 +1,253 @@
+"""What lies where in a run, and the rules that make a run resumable.
+
+Every stage owns one folder with a manifest. The manifest's fingerprint is a hash of the settings that the stage reads, of
+its outside inputs (the user's file, model folders) and of the fingerprints of the stages to its left. A folder whose
+manifest is done and carries the wanted fingerprint is skipped; one with the wanted fingerprint that is still running goes
+on where it stopped; one with another fingerprint is moved to stale/, never deleted, and comes back when it is wanted again.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from trd_megatron import __version__
+from trd_megatron.errors import UserError
+
+MANIFEST = "manifest.json"
+RECORDED_VERSIONS = ("torch", "transformers", "megatron-core", "pyarrow", "math-verify")
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package and of the libraries that shape its results."""
+    found = {"trd_megatron": __version__}
+    for name in RECORDED_VERSIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Opens a temporary file beside `path` that replaces it when the block ends well; on an error `path` stays as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open(mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically."""
+    with atomic_write(path) as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+@dataclass
+class Manifest:
+    """What a stage folder holds and from what it was made. seconds: working time over all attempts."""
+
+    stage: str
+    status: str  # running | done
+    fingerprint: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    counts: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=versions)
+    seconds: float = 0.0
+    started: str = ""
+    finished: str = ""
+
+    @staticmethod
+    def read(folder: Path) -> "Manifest | None":
+        """The manifest of a stage folder, None if there is none. Raises UserError if it cannot be read."""
+        path = folder / MANIFEST
+        if not path.exists():
+            return None
+        try:
+            return Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}): move {folder} away and run again") from None
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / MANIFEST, dataclasses.asdict(self))
+
+
+class RunDir:
+    """The folder of a run.
+
+    Raises UserError if `path` is a file, holds something else than a run, or holds a run of another experiment.
+    """
+
+    def __init__(self, path: str | Path, experiment: str) -> None:
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"run_dir={self.path} is a file: choose another run_dir=PATH")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            if not self.config_file.exists():
+                raise UserError(f"run_dir={self.path} holds other files and no config.yaml: choose an empty run_dir=PATH")
+            held = read_config(self.path).get("name")
+            if held != experiment:
+                raise UserError(f"run_dir={self.path} holds a run of experiment '{held}', not '{experiment}': choose another run_dir=PATH")
+
+    config_file = property(lambda self: self.path / "config.yaml")
+    problems = property(lambda self: self.path / "problems")
+    rollouts = property(lambda self: self.path / "rollouts")
+    refined = property(lambda self: self.path / "refined")
+    train = property(lambda self: self.path / "train")
+    checkpoints = property(lambda self: self.path / "train" / "checkpoints")
+    hf = property(lambda self: self.path / "hf")
+    adapter = property(lambda self: self.path / "adapter")
+    eval = property(lambda self: self.path / "eval")
+    report = property(lambda self: self.path / "report")
+    stale = property(lambda self: self.path / "stale")
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        with atomic_write(self.config_file) as file:
+            yaml.safe_dump(config, file, sort_keys=False, allow_unicode=True)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the run for this process. Raises UserError if another process works in it; a dead holder's lock is void."""
+        import fcntl
+
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process works in {self.path}: wait for it, or choose another run_dir=PATH") from None
+            yield
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The resolved configuration of an existing run. Raises UserError if there is none or it cannot be read."""
+    try:
+        values = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is not a run directory: it has no config.yaml") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path / 'config.yaml'} is damaged: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path / 'config.yaml'} is damaged: it is not a mapping")
+    return values
+
+
+class StageFolder:
+    """One stage's folder while the stage works on it: opened with the wanted fingerprint, closed with the counts."""
+
+    def __init__(self, run: RunDir, stage: str, folder: Path, settings: dict[str, Any], inputs: dict[str, str]) -> None:
+        self.run, self.stage, self.folder, self.settings, self.inputs = run, stage, folder, settings, inputs
+        self.fingerprint = digest({"stage": stage, "settings": settings, "inputs": inputs})
+
+    def state(self) -> str:
+        """done (can be skipped), running (can go on), stale (made otherwise), or missing."""
+        manifest = Manifest.read(self.folder)
+        if manifest is not None and manifest.fingerprint == self.fingerprint:
+            return manifest.status
+        parked = Manifest.read(self._parked(self.fingerprint))
+        if parked is not None:
+            return parked.status
+        return "missing" if manifest is None else "stale"
+
+    def _parked(self, fingerprint: str) -> Path:
+        return self.run.stale / f"{self.stage}-{fingerprint[:16]}"
+
+    def open(self) -> Manifest:
+        """Makes the folder ready: parks what was made otherwise, brings back what was parked, or starts anew."""
+        manifest = Manifest.read(self.folder)
+        if manifest is None and self.folder.exists() and any(self.folder.iterdir()):
+            # A folder without a manifest was never a finished stage's: the manifest is the first file written.
+            raise UserError(f"{self.folder} holds files but no {MANIFEST}: move it away and run again")
+        if manifest is not None and manifest.fingerprint != self.fingerprint:
+            target = self._parked(manifest.fingerprint)
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.rename(target)
+            manifest = None
+        if manifest is None:
+            parked = self._parked(self.fingerprint)
+            if parked.exists():
+                if self.folder.exists():
+                    self.folder.rmdir()
+                parked.rename(self.folder)
+                manifest = Manifest.read(self.folder)
+        if manifest is None:
+            manifest = Manifest(self.stage, "running", self.fingerprint, self.settings, self.inputs, started=_now())
+            self.folder.mkdir(parents=True, exist_ok=True)
+            manifest.write(self.folder)
+        return manifest
+
+    def close(self, manifest: Manifest, counts: dict[str, Any], seconds: float) -> None:
+        """Marks the stage done."""
+        manifest.status, manifest.counts, manifest.finished = "done", counts, _now()
+        manifest.seconds += seconds
+        manifest.versions = versions()
+        manifest.write(self.folder)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+# Shards
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    """part-00007.parquet"""
+    return folder / f"part-{index:05d}.parquet"
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    """Writes rows atomically. A missing key or a wrong type raises before anything is replaced."""
+    table = pa.Table.from_pylist(rows, schema=schema)
+    for name in schema.names:
+        if not schema.field(name).nullable and table.column(name).null_count:
+            raise ValueError(f"column {name} must not be null")
+    with atomic_write(path, "wb") as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def read_parquet(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
+    """Reads a shard. Raises UserError if it is damaged or has other columns than `schema`."""
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]})") from None
+    if table.schema.names != schema.names:
+        raise UserError(f"{path} has columns {table.schema.names}, expected {schema.names}")
+    return table.to_pylist()
+
+
+def read_shards(folder: Path, schema: pa.Schema) -> list[dict[str, Any]]:
+    """All rows of a stage folder, in shard order."""
+    return [row for path in sorted(folder.glob("part-*.parquet")) for row in read_parquet(path, schema)]

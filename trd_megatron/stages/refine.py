@@ -1,0 +1,37 @@
+"""Stage 2: the teacher rewrites y_o into y_r."""
+
+from pathlib import Path
+from typing import Any
+
+from trd_megatron.builtin_models import resolve_model
+from trd_megatron.chat import Chat, teacher_prompt_ids
+from trd_megatron.config import Config
+from trd_megatron.errors import UserError
+from trd_megatron.records import REFINED, TRAJECTORY
+from trd_megatron.run_dir import RunDir, read_shards
+from trd_megatron.stages import prepare
+from trd_megatron.stages.generate import Task, generate
+
+
+def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
+    """Skips and counts rollouts that were aborted, or whose problem alone is over the budget."""
+    name = config.teacher.path or config.model.path
+    model = resolve_model(name)
+    chat = Chat(model, config.data.prompt_format, config.teacher.chat_template_kwargs)
+    problems = prepare.read(run_dir)
+    tasks, aborted, over = [], 0, 0
+    for row in read_shards(run_dir.rollouts, TRAJECTORY):
+        problem = problems[row["problem_id"]]
+        if row["finish_reason"] == "abort":
+            aborted += 1
+            continue
+        ids = teacher_prompt_ids(config, chat, problem, row["response"])
+        if ids is None:
+            over += 1
+            continue
+        extra = {"initial_response": row["response"], "initial_passed": row["passed"]}
+        tasks.append(Task(problem, row["sample_index"], chat.decode(ids, special=True), ids, extra))
+    if not tasks:
+        raise UserError(f"no rollout can be refined: {over} prompts are over refine.max_prompt_tokens={config.refine.max_prompt_tokens}")
+    figures = generate(config, "refine", folder, tasks, config.refine, config.refine.shard_size, REFINED, model, name, chat)
+    return figures | {"skipped_over_budget": over, "skipped_aborted": aborted}

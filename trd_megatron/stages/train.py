@@ -1,0 +1,90 @@
+"""Stage 3: trajectories under both prompts go to the learner's ranks; the student's adapters come out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trd_megatron.builtin_models import resolve_model
+from trd_megatron.chat import Chat, teacher_prompt_ids
+from trd_megatron.config import Config, to_dict
+from trd_megatron.errors import UserError
+from trd_megatron.learner.job import SAMPLES, Job, run_ranks
+from trd_megatron.progress import bar
+from trd_megatron.records import REFINED, SAMPLE, TRAJECTORY
+from trd_megatron.run_dir import RunDir, read_shards, write_parquet
+from trd_megatron.stages import prepare
+
+
+def build_samples(config: Config, run_dir: RunDir) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Rows of records.SAMPLE and what was left out: (rows, {"aborted": n, "over_budget": n}).
+
+    The student's prompt is the one its rollout was drawn under, the response ids are the engine's own. The teacher's
+    prompt follows method.teacher_prompt: vanilla, or refine with y_o in it.
+    """
+    student_path = resolve_model(config.model.path)
+    teacher_path = resolve_model(config.teacher.path) if config.teacher.path else student_path
+    chat = Chat(teacher_path, config.data.prompt_format, config.teacher.chat_template_kwargs)
+    if teacher_path != student_path:
+        _check_vocabulary(config, chat, Chat(student_path, config.data.prompt_format, {}))
+    problems = prepare.read(run_dir)
+    rollouts = {(row["problem_id"], row["sample_index"]): row for row in read_shards(run_dir.rollouts, TRAJECTORY)}
+    refined = config.method.trajectory == "refined"
+    trajectories = read_shards(run_dir.refined, REFINED) if refined else list(rollouts.values())
+    rows, left_out = [], {"aborted": 0, "over_budget": 0}
+    for row in trajectories:
+        rollout = rollouts[row["problem_id"], row["sample_index"]]
+        if row["finish_reason"] == "abort":
+            left_out["aborted"] += 1
+            continue
+        if refined and config.method.teacher_prompt == "refine":
+            teacher_ids = row["prompt_ids"]
+        else:
+            shown = rollout["response"] if config.method.teacher_prompt == "refine" else None
+            teacher_ids = teacher_prompt_ids(config, chat, problems[row["problem_id"]], shown)
+        if teacher_ids is None:
+            left_out["over_budget"] += 1
+            continue
+        rows.append(
+            {
+                "problem_id": row["problem_id"],
+                "sample_index": row["sample_index"],
+                "student_prompt_ids": rollout["prompt_ids"],
+                "teacher_prompt_ids": teacher_ids,
+                "response_ids": row["response_ids"],
+                "rollout_passed": rollout["passed"],
+            }
+        )
+    return rows, left_out
+
+
+def _check_vocabulary(config: Config, teacher: Chat, student: Chat) -> None:
+    ours, theirs = student.vocabulary(), teacher.vocabulary()
+    if ours != theirs:
+        differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        raise UserError(
+            f"teacher.path={config.teacher.path} has another vocabulary than model.path={config.model.path} "
+            f"({len(differing)} tokens differ, e.g. {differing[0]!r}): full-vocabulary KL needs the same one"
+        )
+
+
+def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
+    """Raises UserError if there are fewer samples than held out, LearnerFailedError if the ranks fail."""
+    rows, left_out = build_samples(config, run_dir)
+    held_out = config.learner.held_out_samples
+    if len(rows) <= held_out:
+        raise UserError(f"{len(rows)} trajectories to train on, of which learner.held_out_samples={held_out} are held out: lower it")
+    write_parquet(folder / SAMPLES, rows, SAMPLE)
+    teacher = str(resolve_model(config.teacher.path)) if config.teacher.path else None
+    Job(to_dict(config), str(resolve_model(config.model.path)), teacher).write(folder)
+    learner = config.learner
+    per_epoch = -(-(len(rows) - held_out) // learner.global_batch_size)
+    total = min(per_epoch * learner.epochs, learner.max_steps or per_epoch * learner.epochs)
+    with bar("train", total, "steps") as progress:
+        first = True
+        for metrics in run_ranks(folder, learner):
+            progress.advance(metrics["step"] if first else 1)
+            first = False
+            progress.tokens(metrics["response_tokens"])
+            progress.note(f"kl {metrics['kl']:.4f}  grad {metrics['grad_norm']:.3f}")
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary | {f"left_out_{name}": count for name, count in left_out.items()}

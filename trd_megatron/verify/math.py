@@ -1,0 +1,304 @@
+r"""Math verification: finds the last \boxed{} of a response and lets math-verify compare it with the reference answer.
+
+Model output is hostile: an answer such as 9^{9^{9^9}} can keep sympy busy for ever or eat the memory. So math-verify runs in
+child processes (math_worker.py) with an address-space limit, which are killed when an item passes its wall-clock limit.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import re
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from trd_megatron.verify.verdict import Verdict
+
+MAX_ANSWER_CHARS = 2_000  # a longer "answer" is a derivation; also keeps every request below the size of a pipe's buffer
+ANSWER_TYPES = ("number", "integer", "latex")  # all graded alike
+START_LIMIT_S = 120.0  # sympy is imported within a second on an idle machine
+WORKER_SCRIPT = Path(__file__).with_name("math_worker.py")
+# What a worker may see of the environment: enough to find Python's packages, no secrets.
+WORKER_ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+
+# \boxed{ opens a box, also behind a doubled backslash; an escaped brace is a character; other braces open and close groups.
+_TOKEN = re.compile(r"\\?\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""Contents of the last \boxed{...} that is closed, None if there is none.
+
+    Braces may nest; of nested boxes the inner one counts. Only the text after the last `</think>` is searched, when there is one.
+    Time is linear in the length of the text.
+    """
+    start = text.rfind("</think>") + 1  # 0 without the tag; the tag itself holds no brace
+    open_groups: list[int | None] = []  # where the contents of a box start; None for another group
+    last: tuple[int, int] | None = None
+    for token in _TOKEN.finditer(text, start):
+        symbol = token.group()
+        if symbol == "{":
+            open_groups.append(None)
+        elif symbol == "}":
+            opened = open_groups.pop() if open_groups else None
+            if opened is not None and (last is None or opened > last[0]):
+                last = opened, token.start()
+        elif len(symbol) > 2:  # a box; two characters are an escape
+            open_groups.append(token.end())
+    return None if last is None else text[last[0] : last[1]].strip()
+
+
+def _prepare(response: str, answer: str, answer_type: str | None = None, check_values: Any = None) -> Verdict | tuple[str, str]:
+    """The verdict, where no arithmetic is needed to know it; otherwise (gold, answer) for a worker."""
+    if answer_type is not None and answer_type not in ANSWER_TYPES:
+        raise ValueError(f"answer_type {answer_type!r} is not supported; known: {', '.join(ANSWER_TYPES)}")
+    if check_values is not None:
+        raise ValueError(f"check_values is not supported with answer_type {answer_type!r}")
+    extracted = extract_boxed(response)
+    if extracted is None:
+        return Verdict.of("no_answer", None, r"no closed \boxed{}")
+    if not extracted:
+        return Verdict.of("no_answer", None, r"the last \boxed{} is empty")
+    gold = _strip_dollars(extract_boxed(answer) or answer)
+    if not gold:
+        return Verdict.of("error", extracted[:MAX_ANSWER_CHARS], "the reference answer is empty")
+    if len(gold) > MAX_ANSWER_CHARS:
+        detail = f"the reference answer has {len(gold):,} characters, the limit is {MAX_ANSWER_CHARS:,}"
+        return Verdict.of("error", extracted[:MAX_ANSWER_CHARS], detail)
+    if len(extracted) > MAX_ANSWER_CHARS:
+        detail = f"the answer has {len(extracted):,} characters and was cut and failed unread, the limit is {MAX_ANSWER_CHARS:,}"
+        return Verdict.of("fail", extracted[:MAX_ANSWER_CHARS], detail)
+    return gold, extracted
+
+
+def _strip_dollars(text: str) -> str:
+    """The text without surrounding white space and the dollar signs of LaTeX's math mode."""
+    text = text.strip()
+    for mark in ("$$", "$"):
+        if len(text) > 2 * len(mark) and text.startswith(mark) and text.endswith(mark):
+            return text[len(mark) : -len(mark)].strip()
+    return text
+
+
+class _Worker:
+    """One child process and the item it has in hand."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self.item: int | None = None
+        self.answer = ""
+        self.timeout_s = 0.0
+        self.ready = False
+        self.deadline = 0.0  # on time.monotonic(); of the start while not ready, then of the item
+        self.received = b""
+
+    def send(self, item: int, gold: str, answer: str, timeout_s: float) -> None:
+        """Hands over one item; starts the process first where there is none or it died while idle."""
+        request = json.dumps({"gold": gold, "answer": answer, "timeout_s": timeout_s}).encode() + b"\n"
+        self.item, self.answer, self.timeout_s = item, answer, timeout_s
+        if self.process is not None and self.process.poll() is None:
+            self.deadline = time.monotonic() + timeout_s
+        else:
+            self.kill()
+            self._start()
+            self.item = item
+        assert self.process is not None
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # died just now: receive() will see the end of its output and say so
+            os.write(self.process.stdin.fileno(), request)  # under 64 KiB into an empty pipe: never blocks
+
+    def _start(self) -> None:
+        # By path, not -m: found wherever the current folder is by now. -P: this folder holds a math.py, which must not hide
+        # the standard library's. Hashes are fixed because sympy's results can depend on the order of sets.
+        environment = {name: os.environ[name] for name in WORKER_ENVIRONMENT if name in os.environ} | {"PYTHONHASHSEED": "0"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", str(WORKER_SCRIPT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            bufsize=0,
+        )
+        self.deadline = time.monotonic() + START_LIMIT_S
+
+    def receive(self) -> Verdict | None:
+        """Reads what has come. The verdict of the item in hand, None if it is not there yet."""
+        assert self.process is not None
+        assert self.process.stdout is not None
+        chunk = os.read(self.process.stdout.fileno(), 65536)
+        if not chunk:
+            return self._died()
+        *lines, self.received = (self.received + chunk).split(b"\n")
+        for line in lines:
+            reply = json.loads(line)
+            if "verdict" in reply:
+                self.item = None
+                return Verdict.of(reply["verdict"], self.answer, reply["detail"])
+            if not reply["ready"]:
+                raise RuntimeError(f"the math verification worker cannot start: {reply['detail']}")
+            self.ready, self.deadline = True, time.monotonic() + self.timeout_s
+        return None
+
+    def _died(self) -> Verdict:
+        assert self.process is not None
+        code = self.process.wait()
+        if not self.ready:
+            raise RuntimeError(f"the math verification worker ended before it was ready (exit code {code}): {sys.executable}")
+        if code == -signal.SIGALRM:  # its own alarm, because we were too busy or stopped to kill it in time
+            return self.timed_out()
+        self.kill()
+        how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        return Verdict.of("error", self.answer, f"the grading process ended {how}")
+
+    def timed_out(self) -> Verdict:
+        """Kills the process; the verdict of the item it was busy with."""
+        if not self.ready:
+            self.kill()
+            raise RuntimeError(f"the math verification worker was not ready after {START_LIMIT_S:g} s")
+        self.kill()
+        return Verdict.of("timeout", self.answer, f"not graded within {self.timeout_s:g} s")
+
+    def kill(self) -> None:
+        """Ends the process, waits for it and closes the pipes; harmless if there is none."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            for pipe in (self.process.stdin, self.process.stdout):
+                assert pipe is not None
+                pipe.close()
+        self.process, self.item, self.ready, self.received = None, None, False, b""
+
+
+class MathVerifier:
+    """Grades many responses with `workers` child processes; a context manager that leaves none of them behind.
+
+    Workers start with the first item they get, and live until close(). For use from one thread, one verify_many at a time.
+
+    workers    number of processes, at least 1
+    timeout_s  wall-clock seconds for one item, over 0; the start of a worker does not count
+    """
+
+    def __init__(self, workers: int, timeout_s: float = 10) -> None:
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, not {workers}")
+        if not timeout_s > 0:
+            raise ValueError(f"timeout_s must be over 0, not {timeout_s}")
+        self.timeout_s = timeout_s
+        self._workers = [_Worker() for _ in range(workers)]
+        self._in_use = False
+
+    def __enter__(self) -> "MathVerifier":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends all workers. The verifier can be used again; it starts new ones then."""
+        for worker in self._workers:
+            worker.kill()
+
+    def verify_many(self, items: Iterable[tuple[Any, ...]]) -> Iterator[Verdict]:
+        """One verdict for each (response, answer[, answer_type[, check_values]]), in order.
+
+        A verdict comes as soon as it and all before it are known.
+        `items` is read only as fast as workers take items, so it may be endless.
+
+        Raises ValueError for an unsupported answer_type or check_values, RuntimeError if a worker cannot be started or another
+        verify_many of this verifier has not ended.
+        """
+        if self._in_use:
+            raise RuntimeError("another verify_many of this MathVerifier has not ended")
+        self._in_use = True
+        try:
+            yield from self._verify(iter(items))
+        finally:
+            self._in_use = False
+            for (
+                worker
+            ) in self._workers:  # where the caller or an item stopped us: an answer still to come must not meet the next item
+                if worker.item is not None:
+                    worker.kill()
+
+    def _verify(self, items: Iterator[tuple[Any, ...]]) -> Iterator[Verdict]:
+        known: dict[int, Verdict] = {}
+        taken = given = 0  # number of items read, of verdicts yielded
+        exhausted = False
+        while not exhausted or given < taken:
+            idle = next((worker for worker in self._workers if worker.item is None), None)
+            if idle is None or exhausted:
+                known.update(self._wait())
+            else:
+                try:
+                    prepared = _prepare(*next(items))
+                except StopIteration:
+                    exhausted = True
+                    continue
+                if isinstance(prepared, Verdict):
+                    known[taken] = prepared
+                else:
+                    idle.send(taken, *prepared, self.timeout_s)
+                taken += 1
+            while given in known:
+                yield known.pop(given)
+                given += 1
+
+    def _wait(self) -> dict[int, Verdict]:
+        """Waits until a worker answers, dies or passes its limit; item -> verdict."""
+        busy = [worker for worker in self._workers if worker.item is not None]
+        verdicts = {}
+        with selectors.DefaultSelector() as selector:
+            for worker in busy:
+                assert worker.process is not None
+                assert worker.process.stdout is not None
+                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+            left = min(worker.deadline for worker in busy) - time.monotonic()
+            ready = {key.data for key, _ in selector.select(max(0.0, left))}
+        for worker in busy:
+            item = worker.item
+            assert item is not None
+            verdict = None
+            if worker in ready:
+                verdict = worker.receive()
+            elif time.monotonic() >= worker.deadline:
+                verdict = worker.timed_out()
+            if verdict is not None:
+                verdicts[item] = verdict
+        return verdicts
+
+
+_shared: MathVerifier | None = None
+_shared_owner = 0  # process id: after a fork the child must not talk through its parent's pipes
+_shared_lock = threading.Lock()
+
+
+def verify_math(
+    response: str, answer: str, answer_type: str | None = None, check_values: Any = None, timeout_s: float = 10
+) -> Verdict:
+    r"""Grades one response; keeps one worker alive between calls. Thread-safe, one item at a time: MathVerifier is for many.
+
+    response      text of the model; the last \boxed{} (after the last `</think>`) is its answer
+    answer        reference answer, with or without \boxed{} or dollar signs
+    answer_type   None, "number", "integer" or "latex", graded alike
+    check_values  must be None
+    timeout_s     wall-clock seconds, over 0
+
+    Raises ValueError for another answer_type or check_values, RuntimeError if the worker cannot be started.
+    """
+    global _shared, _shared_owner
+    if not timeout_s > 0:
+        raise ValueError(f"timeout_s must be over 0, not {timeout_s}")
+    with _shared_lock:
+        if _shared is None or _shared_owner != os.getpid():
+            _shared, _shared_owner = MathVerifier(workers=1), os.getpid()
+            atexit.register(_shared.close)
+        _shared.timeout_s = timeout_s
+        [verdict] = _shared.verify_many([(response, answer, answer_type, check_values)])
+        return verdict

@@ -87,7 +87,8 @@ def teacher_prompt_ids(config: Config, chat: Chat, problem: dict[str, Any], init
     mode, task, budget = config.mode, problem["task"], config.refine.max_prompt_tokens
     reference = None
     if mode == "opsd":
-        reference = chat.cut(problem["reference_solution"], config.refine.max_reference_tokens)
+        # Most of DeepScaleR has only a short answer, which then is the reference (paper, section B.1).
+        reference = chat.cut(problem["reference_solution"] or problem["answer"], config.refine.max_reference_tokens)
 
     if initial_response is None:
 

@@ -179,9 +179,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; the same command goes on where it stopped", 130)
     except Exception as error:
-        import click
-
-        if isinstance(error, click.ClickException):
+        if hasattr(error, "format_message"):  # a usage error; typer brings click along under a private name
             _fail(error.format_message(), 2)
         from trd_megatron.learner.job import LearnerFailedError
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from trd_megatron.builtin_models import model_fingerprint, resolve_model
 from trd_megatron.config import Config, get, leaves, to_dict
+from trd_megatron.data.parquet import locate
 from trd_megatron.errors import UserError
 from trd_megatron.run_dir import Manifest, RunDir, StageFolder, file_sha256
 from trd_megatron.stages import evaluate, export, prepare, refine, report, rollout, train
@@ -76,7 +77,7 @@ def _outside(config: Config, stage: Stage) -> dict[str, str]:
     """Hashes of what a stage reads from outside the run."""
     inputs = {}
     if stage.reads_data and config.data.path is not None:
-        inputs["data.path"] = _file_hash(config.data.path, "data.path")
+        inputs["data.path"] = file_sha256(locate(config.data.path))
     if stage.reads_student:
         inputs["model.path"] = _model_hash(config.model.path)
     if stage.reads_teacher:
@@ -84,14 +85,8 @@ def _outside(config: Config, stage: Stage) -> dict[str, str]:
     if stage.reads_benchmarks:
         for benchmark in config.evaluate.benchmarks:
             if benchmark != "test":
-                inputs[f"evaluate.benchmarks.{Path(benchmark).name}"] = _file_hash(benchmark, "evaluate.benchmarks")
+                inputs[f"evaluate.benchmarks.{Path(benchmark).name}"] = file_sha256(locate(benchmark))
     return inputs
-
-
-def _file_hash(path: str, key: str) -> str:
-    if not Path(path).is_file():
-        raise UserError(f"{key}: {path} does not exist")
-    return file_sha256(Path(path))
 
 
 def folders(config: Config, run_dir: RunDir) -> Iterator[tuple[Stage, StageFolder]]:

@@ -31,7 +31,7 @@ class Case:
     extras: bool = True
     train_weight: bool = True
     dtype: torch.dtype = torch.float32
-    whole: bool = False  # small whole numbers: exact logits, many ties
+    whole: bool = False  # whole multiples of scale: exact logits, many ties
     identical: bool = False
     scale: float = 1.0
 
@@ -50,7 +50,8 @@ def make_cases(world_size: int) -> list[Case]:
                 replace(plain, extras=False, train_weight=False),
                 replace(plain, dtype=torch.float64),
                 replace(plain, identical=True),
-                replace(plain, scale=1e3),
+                replace(plain, scale=100.0),
+                replace(plain, scale=1e4, whole=True),
                 replace(plain, tokens=0),
             ]
         cases += [replace(Case(Divergence(kind), vocab, 33, 13), dtype=torch.bfloat16) for kind in CLIP]
@@ -64,11 +65,14 @@ def make_problem(case: Case) -> dict[str, Any]:
 
     def draw(size: float, *shape: int) -> Tensor:
         if case.whole:
-            return torch.randint(-1, 2, shape, generator=rng).to(case.dtype)
+            return (torch.randint(-1, 2, shape, generator=rng) * size).to(case.dtype)
         return (torch.randn(*shape, generator=rng, dtype=torch.float64) * size).to(case.dtype)
 
     student = {"student_hidden": draw(1, case.tokens, 4), "student_weight": draw(case.scale, PADDED, 4)}
-    teacher = {"teacher_hidden": draw(1, case.tokens, 6), "teacher_weight": draw(0.7 * case.scale, PADDED, 6)}
+    teacher = {
+        "teacher_hidden": draw(1, case.tokens, 6),
+        "teacher_weight": draw((1 if case.whole else 0.7) * case.scale, PADDED, 6),
+    }
     if case.identical:
         teacher = {"teacher_hidden": student["student_hidden"], "teacher_weight": student["student_weight"]}
     return (

@@ -60,11 +60,6 @@ def _invert(cumulative: Tensor, points: Tensor) -> Tensor:
     return place.clamp(max=cumulative.shape[-1] - 1)
 
 
-def chosen_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """log p of ids [B] under logits [B, V] float32, temperature 1, full vocabulary; returns [B]."""
-    return logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-
-
 class LocalEngine:
     """Engine (see engine/base.py) that runs a Hugging Face causal language model in this process.
 
@@ -164,12 +159,14 @@ class LocalEngine:
         positions = torch.tensor([[len(request.prompt_ids)] for request in requests], device=self.device)
         prompt_length = cache.get_seq_length()
         active = list(range(len(requests)))  # active[slot]: which request the slot of the batch belongs to
+        rows = torch.arange(len(requests), device=self.device)  # the same as a tensor
         padded = not bool(mask.all())
         for step in range(sampling.max_new_tokens):
-            drawn = draw(logits, sampling, uniforms[:, step])
-            scores = chosen_logprobs(logits, drawn)
-            if not bool(scores.isfinite().all()):
+            normaliser = logits.logsumexp(-1)
+            if not bool(normaliser.isfinite().all()):
                 raise RuntimeError(f"the model gave non-finite logits at response token {step}")
+            drawn = draw(logits, sampling, uniforms[step, rows])
+            scores = logits.gather(-1, drawn.unsqueeze(-1)).squeeze(-1) - normaliser
             for row, token, score in zip(active, drawn.tolist(), scores.tolist(), strict=True):
                 ids[row].append(token)
                 logprobs[row].append(score)
@@ -184,7 +181,7 @@ class LocalEngine:
             if len(keep) < len(active):
                 keep = cache.compact(keep)
                 active = [active[slot] for slot in keep]
-                drawn, positions, mask, uniforms = (tensor[keep] for tensor in (drawn, positions, mask, uniforms))
+                drawn, positions, mask, rows = (tensor[keep] for tensor in (drawn, positions, mask, rows))
                 padded = not bool(mask.all())
             output = self._model(
                 input_ids=drawn.unsqueeze(-1),
@@ -226,9 +223,10 @@ class LocalEngine:
         return logits[index], cache, mask[index]
 
     def _uniforms(self, requests: Sequence[Request], sampling: SamplingParams) -> Tensor:
-        """One random number for each row and step [B, max_new_tokens], from a generator of the row's own."""
+        """One random number for each step and row [max_new_tokens, B], from a generator of the row's own."""
         streams = [np.random.Generator(np.random.PCG64(request.seed % 2**64)) for request in requests]
-        return torch.from_numpy(np.stack([stream.random(sampling.max_new_tokens) for stream in streams])).to(self.device)
+        numbers = np.stack([stream.random(sampling.max_new_tokens) for stream in streams], axis=1)
+        return torch.from_numpy(numbers).to(self.device)
 
 
 def load_model(model_path: str | Path, dtype: torch.dtype) -> Any:
@@ -239,7 +237,7 @@ def load_model(model_path: str | Path, dtype: torch.dtype) -> Any:
     loader: Any = AutoModelForCausalLM
     try:
         model, info = loader.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", local_files_only=True, use_safetensors=True, output_loading_info=True
+            path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())

@@ -1,5 +1,6 @@
 """Avg@k and Pass@k of the base model and of the trained student on the same problems, with the same seeds."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def benchmark_name(benchmark: str) -> str:
 def _problems(benchmark: str, run_dir: RunDir) -> list[dict[str, Any]]:
     if benchmark == "test":
         return [problem for problem in prepare.read(run_dir).values() if problem["split"] == "test"]
-    return [dict.fromkeys(PROBLEM.names) | problem for problem in parquet.load(Path(benchmark))]
+    return [dict.fromkeys(PROBLEM.names) | problem for problem in parquet.load(parquet.locate(benchmark))]
 
 
 def run_base(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
@@ -74,8 +75,6 @@ def scores(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _write_summary(run_dir: RunDir, model: str, figures: dict[str, Any]) -> None:
     """eval/summary.json: model -> benchmark -> figures, of the models evaluated so far."""
-    import json
-
     path = run_dir.eval / "summary.json"
     summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     write_json(path, summary | {model: figures})

@@ -35,7 +35,7 @@ def load(config: Config) -> list[dict[str, Any]]:
 
         assert data.train_problems is not None  # config.check
         return list(reasoning_gym.load_arithmetic(data.train_problems, data.test_problems, config.seed))
-    path = None if data.path is None else Path(data.path)
+    path = None if data.path is None else parquet.locate(data.path)
     problems = parquet.load(path) if data.source == "file" and path else deepscaler.load(path)
     if not problems:
         raise UserError(f"{data.path or data.source} holds no problems")

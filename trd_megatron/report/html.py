@@ -1,0 +1,105 @@
+"""The report as one self-contained page: no script, no network, light and dark.
+
+Model output is hostile: jinja2 escapes whatever the template prints, and before that every string has its control,
+bidirectional and invisible characters replaced by a visible ⟨U+XXXX⟩. The Content-Security-Policy allows this page's own
+stylesheet, by its hash, and nothing else.
+"""
+
+import base64
+import hashlib
+import re
+import unicodedata
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories: controls, formats (bidi, zero width, tags), separators
+HEAD, TAIL = 3000, 1500  # characters shown of a longer text; the answer stands at its end
+DASH = "—"
+
+
+def visible(text: str) -> str:
+    """`text` with every character that cannot be seen, or that changes how others are shown, as ⟨U+XXXX⟩; \\n and \\t stay."""
+    return "".join(
+        char if char in "\n\t" or unicodedata.category(char) not in HIDDEN else f"⟨U+{ord(char):04X}⟩" for char in text
+    )
+
+
+def cut(text: str) -> str:
+    """The head and the tail of a very long text, with a note in between."""
+    if len(text) <= HEAD + TAIL:
+        return text
+    left_out = f"[… {len(text) - HEAD - TAIL:,} characters left out …]"
+    return f"{text[:HEAD]}\n\n{left_out}\n\n{text[-TAIL:]}"
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    """1234.5 -> 1,234.5; a dash for None."""
+    return DASH if value is None else f"{value:,.{digits}f}".replace("-", "−")
+
+
+def signed(value: float | None, digits: int = 1) -> str:
+    """+1.2, −1.2, 0.0."""
+    if value is None:
+        return DASH
+    text = f"{value:+,.{digits}f}"
+    return text[1:] if float(text.replace(",", "")) == 0 else text.replace("-", "−")
+
+
+def significant(value: float) -> str:
+    """Four significant digits."""
+    return f"{value:.4g}".replace("-", "−")
+
+
+def duration(seconds: float | None) -> str:
+    """8.2 s, 3 min 05 s, 2 h 07 min."""
+    if seconds is None:
+        return DASH
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def direction(value: float | None) -> str:
+    """The CSS class of a delta as it is shown, with one decimal."""
+    rounded = round(value or 0.0, 1)
+    return "up" if rounded > 0 else "down" if rounded < 0 else ""
+
+
+def _finalize(value: Any) -> Any:
+    """Runs on every expression that the template prints, before escaping."""
+    return visible(value) if type(value) is str else value
+
+
+def _styles_to_classes(plots: Mapping[str, str]) -> tuple[dict[str, Markup], str]:
+    """Replaces the style attributes of our own SVGs by classes: the page's policy forbids the former. Returns (plots, rules)."""
+    classes: dict[str, str] = {}
+
+    def replace(match: re.Match[str]) -> str:
+        return f'class="{classes.setdefault(match[1], f"p{len(classes)}")}"'
+
+    replaced = {name: Markup(re.sub(r'style="([^"]*)"', replace, svg)) for name, svg in plots.items()}
+    return replaced, "".join(f".{name}{{{style}}}\n" for style, name in classes.items())
+
+
+def render(figures: Mapping[str, Any], plots: Mapping[str, str]) -> str:
+    """The page. figures: as written to report.json, and more for the samples; plots: name -> SVG made by report.plots."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("trd_megatron.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters = (cut, number, signed, significant, duration, direction)
+    environment.filters.update({function.__name__: function for function in filters})
+    inline, rules = _styles_to_classes(plots)
+    style = "\n" + resources.files("trd_megatron.report").joinpath("style.css").read_text(encoding="utf-8") + rules
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    template = environment.get_template("template.html.j2")
+    return template.render(figures, plots=inline, style=Markup(style), style_hash=f"sha256-{digest}")

@@ -1,0 +1,170 @@
+"""The figures of the report, computed from rows, metrics and manifests. Pure functions; report.json holds what they return.
+
+A row is a trajectory without its texts: problem_id, sample_index, finish_reason, passed (None: not graded), verdict and
+response_tokens. Rates are in percent, differences in percentage points, lengths in tokens.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean, median, stdev
+from typing import Any
+
+from trd_megatron.evaluate import avg_at_k, pass_at_k
+
+Row = Mapping[str, Any]
+Key = tuple[str, int]
+
+NOT_GRADED = "not graded"
+OUTCOMES = ("fail → pass", "pass → fail", "pass → pass", "fail → fail", NOT_GRADED)  # of y_o → y_r
+TOKENS = {"rollout": "response_tokens", "refine": "response_tokens", "train": "tokens"}  # stage -> its count of response tokens
+
+
+def percent(part: float, whole: float) -> float | None:
+    """None where there is nothing to divide by."""
+    return 100 * part / whole if whole else None
+
+
+def key(row: Row) -> Key:
+    return row["problem_id"], row["sample_index"]
+
+
+def describe(rows: Sequence[Row]) -> dict[str, Any]:
+    """Pass rate over the graded rows, lengths, finish reasons and verdicts of a set of trajectories."""
+    tokens = [row["response_tokens"] for row in rows]
+    graded = sum(row["passed"] is not None for row in rows)
+    passed = sum(row["passed"] is True for row in rows)
+    return {
+        "samples": len(rows),
+        "graded": graded,
+        "passed": passed,
+        "pass_rate": percent(passed, graded),
+        "mean_tokens": mean(tokens) if tokens else None,
+        "median_tokens": median(tokens) if tokens else None,
+        "max_tokens": max(tokens, default=None),
+        "finish_reasons": _counted(row["finish_reason"] for row in rows),
+        "verdicts": _counted(row["verdict"] or NOT_GRADED for row in rows),
+    }
+
+
+def _counted(values: Iterable[str]) -> dict[str, int]:
+    """Counts in the order of the names, so that the same rows always give the same text."""
+    return dict(sorted(Counter(values).items()))
+
+
+def benchmark(name: str, base: Sequence[Row], method: Sequence[Row]) -> dict[str, Any]:
+    """One line of the Base / method table, k = samples per problem. A row that was not graded counts as not passed.
+
+    Deltas are method - base in points; interval is the half width of their 95 % confidence interval, the normal
+    approximation over problems, each paired with itself (None where the problems show no spread).
+    Raises ValueError unless both hold the same samples and every problem has as many.
+    """
+    if not base or sorted(map(key, base)) != sorted(map(key, method)):
+        raise ValueError(f"benchmark {name}: base and method need the same samples, and at least one")
+    (base_outcomes, *base_each), (method_outcomes, *method_each) = _scores(base), _scores(method)
+    line: dict[str, Any] = {"benchmark": name, "problems": len(base_outcomes), "k": len(base_outcomes[0])}
+    for label, rows, outcomes, each in (("base", base, base_outcomes, base_each), ("method", method, method_outcomes, method_each)):
+        line[label] = {"avg_at_k": 100 * avg_at_k(outcomes), "pass_at_k": 100 * mean(each[1]), "samples": describe(rows)}
+    for metric, before, after in zip(("avg_at_k", "pass_at_k"), base_each, method_each, strict=True):
+        line[f"{metric}_delta"] = line["method"][metric] - line["base"][metric]
+        line[f"{metric}_interval"] = _half_width([b - a for a, b in zip(before, after, strict=True)])
+    return line
+
+
+def _scores(rows: Sequence[Row]) -> tuple[list[list[bool]], list[float], list[float]]:
+    """(outcomes, Avg@k, Pass@k) of each problem, the problems sorted by id."""
+    by_problem: dict[str, list[bool]] = {}
+    for row in sorted(rows, key=key):
+        by_problem.setdefault(row["problem_id"], []).append(row["passed"] is True)
+    outcomes = list(by_problem.values())
+    if len({len(results) for results in outcomes}) != 1:
+        raise ValueError("every problem of a benchmark needs the same number of samples")
+    return outcomes, [avg_at_k([o]) for o in outcomes], [pass_at_k(len(o), sum(o), len(o)) for o in outcomes]
+
+
+def _half_width(differences: Sequence[float]) -> float | None:
+    """1.96 standard errors of the mean, in points."""
+    spread = stdev(differences) if len(differences) > 1 else 0.0
+    return 100 * 1.96 * spread / math.sqrt(len(differences)) if spread else None
+
+
+def kl_change(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """KL per token on the fixed held-out batch before and after training; change_percent is negative where it fell."""
+    before, after = summary["kl_fixed_batch_before"], summary["kl_fixed_batch_after"]
+    return {"before": before, "after": after, "change_percent": percent(after - before, before)}
+
+
+def outcome(before: bool | None, after: bool | None) -> str:
+    """One of OUTCOMES."""
+    if before is None or after is None:
+        return NOT_GRADED
+    return f"{'pass' if before else 'fail'} → {'pass' if after else 'fail'}"
+
+
+def trajectories(rollouts: Sequence[Row], refined: Sequence[Row] | None) -> dict[str, Any]:
+    """y_o and y_r, and how each pair came out. refined None: the method trains on y_o. Raises KeyError on a y_r without y_o."""
+    figures: dict[str, Any] = {"rollouts": describe(rollouts)}
+    if refined is not None:
+        by_key = {key(row): row for row in rollouts}
+        pairs = [(by_key[key(row)], row) for row in refined]
+        joint = Counter(outcome(before["passed"], after["passed"]) for before, after in pairs)
+        figures["refined"] = describe(refined)
+        figures["not_refined"] = len(rollouts) - len(refined)
+        figures["rollout_pass_rate_of_the_refined"] = describe([before for before, _ in pairs])["pass_rate"]
+        figures["joint_outcomes"] = {name: joint[name] for name in OUTCOMES}
+    return figures
+
+
+def pick_samples(rollouts: Sequence[Row], refined: Sequence[Row] | None, limit: int) -> list[tuple[Key, str]]:
+    """(key, outcome) of at most `limit` samples, each of another problem: in turn one of every outcome, in the rows' order."""
+    if refined is None:
+        names = {True: "pass", False: "fail", None: NOT_GRADED}
+        labelled = [(key(row), names[row["passed"]]) for row in rollouts]
+        order: tuple[str, ...] = tuple(names.values())
+    else:
+        before = {key(row): row["passed"] for row in rollouts}
+        labelled = [(key(row), outcome(before[key(row)], row["passed"])) for row in refined]
+        order = OUTCOMES
+    waiting = {name: iter([which for which, label in labelled if label == name]) for name in order}
+    chosen: list[tuple[Key, str]] = []
+    problems: set[str] = set()
+    while waiting and len(chosen) < limit:
+        for name in list(waiting):
+            which = next((found for found in waiting[name] if found[0] not in problems), None)
+            if which is None:
+                del waiting[name]
+            elif len(chosen) < limit:
+                problems.add(which[0])
+                chosen.append((which, name))
+    return sorted(chosen, key=lambda item: order.index(item[1]))
+
+
+def stage(name: str, manifest: Mapping[str, Any] | None) -> dict[str, Any]:
+    """One line of the stage table from the fields of a manifest (None: the stage has none)."""
+    if manifest is None:
+        return {"stage": name, "status": "missing"}
+    counts, seconds = manifest["counts"], manifest["seconds"]
+    parts = list(counts.values()) if name.startswith("evaluate/") else [counts]  # evaluate counts by benchmark
+    samples = sum(part.get("samples", 0) for part in parts)
+    tokens = sum(part.get(TOKENS.get(name, "response_tokens"), 0) for part in parts)
+    return {
+        "stage": name,
+        "status": manifest["status"],
+        "seconds": seconds,
+        "samples": samples or None,
+        "response_tokens": tokens or None,
+        "samples_per_second": samples / seconds if samples and seconds else None,
+        "tokens_per_second": tokens / seconds if tokens and seconds else None,
+        "started": manifest["started"],
+        "finished": manifest["finished"],
+        "counts": counts,
+    }
+
+
+def library_versions(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
+    """library -> version -> the stages that ran with it."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, manifest in manifests.items():
+        for library, version in manifest["versions"].items():
+            found.setdefault(library, {}).setdefault(version, []).append(name)
+    return found

@@ -126,6 +126,8 @@ def coloured(chat: Chat, sample: Sequence) -> Text:
     """One training sequence for a terminal: prompt dim, response green, token borders as a thin bar."""
     text = Text()
     for token, is_response in zip(sample.ids, sample.mask, strict=True):
-        text.append(chat.decode([token], special=True), style="green" if is_response else "dim")
+        # Sampled text may hold escape sequences that a terminal would obey.
+        shown = "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in chat.decode([token], special=True))
+        text.append(shown, style="green" if is_response else "dim")
         text.append("|", style="bright_black")
     return text

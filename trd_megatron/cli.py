@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from trd_megatron import __version__
 from trd_megatron.errors import UserError
-from trd_megatron.progress import console
+from trd_megatron.progress import console, output
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -71,7 +72,7 @@ def run(
         rows.append((stage.name, manifest, skipped))
 
     pipeline.run(config, run_dir, until=until, only=only, on_stage=on_stage)
-    console.print(_summary(rows))
+    output.print(_summary(rows))
     report = run_dir.path / "report.html"
     if report.exists() and (until is None or until == "report") and only in (None, "report"):
         console.print(f"report: {report}", highlight=False)
@@ -118,9 +119,9 @@ def plan(
     from trd_megatron import planning
 
     for table in planning.tables(config):
-        console.print(table)
+        output.print(table)
     if show_sample:
-        console.print(planning.sample(config))
+        output.print(planning.sample(config))
 
 
 @app.command()
@@ -128,7 +129,7 @@ def status(run_path: RunPath) -> None:
     """Show the stages of a run: state, counts, rates."""
     from trd_megatron import planning
 
-    console.print(planning.status(run_path))
+    output.print(planning.status(run_path))
 
 
 @app.command()
@@ -150,7 +151,7 @@ def doctor() -> None:
     """Show what this machine has, and what is missing for which feature."""
     from trd_megatron import doctor as checks
 
-    console.print(checks.table())
+    output.print(checks.table())
 
 
 def _print_keys() -> None:
@@ -189,7 +190,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    console.print(f"[red]error:[/red] {message}" if code != 130 else message, markup=code != 130, highlight=False, soft_wrap=True)
+    text = Text("" if code == 130 else "error: ", style="red").append(message, style="default")  # Text: no markup in messages
+    console.print(text, highlight=False, soft_wrap=True)
     sys.exit(code)
 
 

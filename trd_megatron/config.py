@@ -304,6 +304,11 @@ def get(config: Config, key: str) -> Any:
     return value
 
 
+def benchmark_name(benchmark: str) -> str:
+    """How results of a benchmark are called: test, or the file's name without its ending."""
+    return benchmark if benchmark == "test" else Path(benchmark).stem
+
+
 POSITIVE = (
     "rollout.max_prompt_tokens", "rollout.max_response_tokens", "rollout.samples_per_problem", "rollout.shard_size",
     "refine.max_prompt_tokens", "refine.max_response_tokens", "refine.max_reference_tokens", "refine.shard_size",
@@ -362,6 +367,10 @@ def check(config: Config) -> None:
         raise UserError("data.test_problems must be 0 or above")
     if config.data.test_problems == 0 and "test" in config.evaluate.benchmarks:
         raise UserError("evaluate.benchmarks has 'test', which needs data.test_problems above 0")
+    names = [benchmark_name(benchmark) for benchmark in config.evaluate.benchmarks]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"evaluate.benchmarks has two benchmarks named '{name}': rename one of the files")
     learner = config.learner
     if learner.sequence_parallel and learner.tensor_model_parallel_size == 1:
         raise UserError("learner.sequence_parallel=true needs learner.tensor_model_parallel_size above 1")

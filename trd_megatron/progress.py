@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-console = Console(stderr=True)
+console = Console(stderr=True)  # progress and errors
+output = Console()  # what was asked for
 
 
 class _Rate(ProgressColumn):
@@ -17,7 +18,7 @@ class _Rate(ProgressColumn):
         seconds = task.finished_time or task.elapsed
         if not seconds or task.total is None:
             return Text("")
-        parts = [f"{(task.completed - task.fields['start']) / seconds:.2f} {task.fields['unit']}/s"]
+        parts = [f"{(task.completed - task.fields['before']) / seconds:.2f} {task.fields['unit']}/s"]
         if task.fields["tokens"]:
             parts.append(f"{task.fields['tokens'] / seconds:.0f} tok/s")
         return Text(" ".join(parts), style="cyan")
@@ -28,7 +29,7 @@ class Bar:
 
     def __init__(self, progress: Progress, description: str, total: int, unit: str, start: int) -> None:
         self._progress, self._tokens = progress, 0
-        self._task = progress.add_task(description, total=total, completed=start, unit=unit, tokens=0, note="", start=start)
+        self._task = progress.add_task(description, total=total, completed=start, unit=unit, tokens=0, note="", before=start)
 
     def advance(self, items: int = 1) -> None:
         self._progress.advance(self._task, items)

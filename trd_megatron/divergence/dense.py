@@ -31,10 +31,9 @@ def dense_kl(student_logits: Tensor, teacher_logits: Tensor, divergence: Diverge
         value = _kl(student, teacher)
     else:
         beta = divergence.beta
-        padding = student.isneginf() & teacher.isneginf()  # logaddexp(-inf, -inf) has a NaN gradient
-        mixture = torch.logaddexp(
-            student.masked_fill(padding, 0.0) + math.log1p(-beta), teacher.masked_fill(padding, 0.0) + math.log(beta)
-        )
+        padding = student.isneginf() & teacher.isneginf()
+        safe_teacher = teacher.masked_fill(padding, 0.0)  # logaddexp(-inf, -inf) has a NaN gradient
+        mixture = torch.logaddexp(student + math.log1p(-beta), safe_teacher + math.log(beta))
         value = beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
     return value if divergence.clip is None else value.clamp(max=divergence.clip)
 

@@ -7,6 +7,7 @@ stylesheet, by its hash, and nothing else.
 
 import base64
 import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Mapping
@@ -41,6 +42,11 @@ def number(value: float | None, digits: int = 0) -> str:
     return DASH if value is None else f"{value:,.{digits}f}".replace("-", "−")
 
 
+def share(value: float | None) -> str:
+    """12.3 %; a dash alone for None."""
+    return DASH if value is None else f"{number(value, 1)}\N{NO-BREAK SPACE}%"
+
+
 def signed(value: float | None, digits: int = 1) -> str:
     """+1.2, −1.2, 0.0."""
     if value is None:
@@ -62,6 +68,16 @@ def duration(seconds: float | None) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def minute(timestamp: str) -> str:
+    """2025-01-31T08:15:30Z -> 2025-01-31 08:15; a dash for none."""
+    return timestamp[:16].replace("T", " ") or DASH
+
+
+def setting(value: Any) -> str:
+    """A setting as it is written in YAML: strings bare, the rest as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def direction(value: float | None) -> str:
@@ -96,7 +112,7 @@ def render(figures: Mapping[str, Any], plots: Mapping[str, str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (cut, number, signed, significant, duration, direction)
+    filters = (cut, number, share, signed, significant, duration, minute, setting, direction)
     environment.filters.update({function.__name__: function for function in filters})
     inline, rules = _styles_to_classes(plots)
     style = "\n" + resources.files("trd_megatron.report").joinpath("style.css").read_text(encoding="utf-8") + rules

@@ -83,6 +83,11 @@ def _steps(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
+def _legend(axes: Axes) -> None:
+    """Above the plot, where it hides nothing."""
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2, borderaxespad=0)
+
+
 def kl(metrics: Sequence[Mapping[str, Any]]) -> str:
     """KL and loss of every step's batch; one line where they are the same (nothing was clipped)."""
     steps = [line["step"] for line in metrics]
@@ -94,7 +99,7 @@ def kl(metrics: Sequence[Mapping[str, Any]]) -> str:
         if values != losses:
             _line(axes, steps, losses, SECOND, label="loss (clipped)", linestyle="--")
         axes.set_ylabel("nats per token")
-        axes.legend()
+        _legend(axes)
         _steps(axes)
 
     return _svg("KL and loss per step", draw)
@@ -106,7 +111,7 @@ def held_out(before: float, metrics: Sequence[Mapping[str, Any]]) -> str:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        _line(axes, *zip(*points, strict=True), FIRST)  # type: ignore[arg-type]
+        _line(axes, [step for step, _ in points], [value for _, value in points], FIRST)
         for (step, value), side in ((points[0], "left"), (points[-1], "right")):
             axes.annotate(f"{value:.4g}", (step, value), xytext=(0, 7), textcoords="offset points", ha=side)
         axes.set_ylabel("nats per token")
@@ -117,27 +122,36 @@ def held_out(before: float, metrics: Sequence[Mapping[str, Any]]) -> str:
     return _svg("KL of the fixed held-out batch", draw)
 
 
-def optimizer(metrics: Sequence[Mapping[str, Any]], clip_grad: float) -> str:
-    """Gradient norm before clipping (above) and learning rate (below) of every step."""
-    steps = [line["step"] for line in metrics]
-    norms, rates = [line["grad_norm"] for line in metrics], [line["lr"] for line in metrics]
+def gradient_norm(metrics: Sequence[Mapping[str, Any]], clip_grad: float) -> str:
+    """Global gradient norm of every step before clipping, and where it is clipped if the norms come near."""
+    norms = [line["grad_norm"] for line in metrics]
 
     def draw(figure: Figure) -> None:
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-        _line(upper, steps, norms, FIRST)
+        axes = figure.subplots()
+        _line(axes, [line["step"] for line in metrics], norms, FIRST)
         if max(norms) > clip_grad / 2:
-            upper.axhline(clip_grad, color=SECOND, linestyle="--", linewidth=1)
-            upper.annotate("clipped above", (1, clip_grad), xycoords=("axes fraction", "data"), xytext=(0, 3),
-                           textcoords="offset points", ha="right", color=SECOND)  # fmt: skip
-        upper.set_ylabel("gradient norm")
-        upper.set_ylim(bottom=0)
-        _line(lower, steps, rates, THIRD)
-        lower.set_ylabel("learning rate")
-        lower.set_ylim(bottom=0)
-        lower.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-        _steps(lower)
+            axes.axhline(clip_grad, color=SECOND, linestyle="--", linewidth=1)
+            where = axes.get_yaxis_transform()  # x: share of the axes' width, y: data
+            axes.text(1, clip_grad, "clipped above", transform=where, ha="right", va="bottom", color=SECOND)
+        axes.set_ylabel("gradient norm")
+        axes.set_ylim(bottom=0)
+        _steps(axes)
 
-    return _svg("Gradient norm and learning rate", draw, HEIGHT * 1.25)
+    return _svg("Gradient norm", draw)
+
+
+def learning_rate(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Learning rate of every step."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _line(axes, [line["step"] for line in metrics], [line["lr"] for line in metrics], THIRD)
+        axes.set_ylabel("learning rate")
+        axes.set_ylim(bottom=0)
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+        _steps(axes)
+
+    return _svg("Learning rate", draw)
 
 
 def lengths(initial: Sequence[int], refined: Sequence[int] | None) -> str:
@@ -149,14 +163,14 @@ def lengths(initial: Sequence[int], refined: Sequence[int] | None) -> str:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        axes.hist(initial, bins, span, histtype="stepfilled", color=FIRST, alpha=0.45, label="y_o, rollout")
+        axes.hist(initial, bins=bins, range=span, histtype="stepfilled", color=FIRST, alpha=0.45, label="y_o, rollout")
         if refined is not None:
-            axes.hist(refined, bins, span, histtype="step", color=SECOND, linewidth=1.6, label="y_r, refined")
+            axes.hist(refined, bins=bins, range=span, histtype="step", color=SECOND, linewidth=1.6, label="y_r, refined")
         axes.set_xlabel("response tokens")
         axes.set_ylabel("samples")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.legend()
+        _legend(axes)
 
     return _svg("Response lengths", draw)
 

@@ -63,7 +63,10 @@ def benchmark(name: str, base: Sequence[Row], method: Sequence[Row]) -> dict[str
         raise ValueError(f"benchmark {name}: base and method need the same samples, and at least one")
     (base_outcomes, *base_each), (method_outcomes, *method_each) = _scores(base), _scores(method)
     line: dict[str, Any] = {"benchmark": name, "problems": len(base_outcomes), "k": len(base_outcomes[0])}
-    for label, rows, outcomes, each in (("base", base, base_outcomes, base_each), ("method", method, method_outcomes, method_each)):
+    for label, rows, outcomes, each in (
+        ("base", base, base_outcomes, base_each),
+        ("method", method, method_outcomes, method_each),
+    ):
         line[label] = {"avg_at_k": 100 * avg_at_k(outcomes), "pass_at_k": 100 * mean(each[1]), "samples": describe(rows)}
     for metric, before, after in zip(("avg_at_k", "pass_at_k"), base_each, method_each, strict=True):
         line[f"{metric}_delta"] = line["method"][metric] - line["base"][metric]
@@ -157,8 +160,19 @@ def stage(name: str, manifest: Mapping[str, Any] | None) -> dict[str, Any]:
         "tokens_per_second": tokens / seconds if tokens and seconds else None,
         "started": manifest["started"],
         "finished": manifest["finished"],
+        "skipped": _skipped(parts),
         "counts": counts,
     }
+
+
+def _skipped(parts: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """reason -> samples or problems that a stage could not use, where there are any."""
+    found: Counter[str] = Counter()
+    for part in parts:
+        for name, count in part.items():
+            if name.startswith(("skipped_", "left_out_")):
+                found[name.replace("_", " ")] += count
+    return {name: count for name, count in found.items() if count}
 
 
 def library_versions(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:

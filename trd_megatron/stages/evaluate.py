@@ -5,11 +5,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from trd_megatron.builtin_models import resolve_model
 from trd_megatron.chat import Chat
-from trd_megatron.config import Config
+from trd_megatron.config import Config, benchmark_name
 from trd_megatron.data import parquet
 from trd_megatron.evaluate import avg_at_k, pass_at_k
 from trd_megatron.records import PROBLEM, TRAJECTORY
@@ -17,11 +15,6 @@ from trd_megatron.run_dir import RunDir, read_parquet, read_shards, write_json, 
 from trd_megatron.stages import prepare
 from trd_megatron.stages.generate import counts, generate
 from trd_megatron.stages.rollout import student_tasks
-
-
-def benchmark_name(benchmark: str) -> str:
-    """test, or the file's name without its ending."""
-    return benchmark if benchmark == "test" else Path(benchmark).stem
 
 
 def _problems(benchmark: str, run_dir: RunDir) -> list[dict[str, Any]]:
@@ -78,8 +71,3 @@ def _write_summary(run_dir: RunDir, model: str, figures: dict[str, Any]) -> None
     path = run_dir.eval / "summary.json"
     summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     write_json(path, summary | {model: figures})
-
-
-def read_rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """benchmark -> rows of an evaluated model."""
-    return {path.stem: pq.read_table(path).to_pylist() for path in sorted(folder.glob("*.parquet"))}

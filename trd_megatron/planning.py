@@ -1,0 +1,159 @@
+"""What a run would do and need (`trd plan`), and where a run stands (`trd status`). Reads only."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from trd_megatron.builtin_models import resolve_model
+from trd_megatron.chat import Chat, coloured, sequence
+from trd_megatron.config import Config, from_dict
+from trd_megatron.convert.architecture import Architecture
+from trd_megatron.learner.checkpoint_files import saved_steps
+from trd_megatron.pipeline import STAGES, folders, wanted
+from trd_megatron.prompts import student_prompt
+from trd_megatron.run_dir import Manifest, RunDir, read_config
+from trd_megatron.stages import prepare
+
+BYTES = {"float32": 4, "bfloat16": 2}
+MEANING = {
+    "done": "[green]cached[/green], would be skipped",
+    "running": "[yellow]begun[/yellow], would go on",
+    "stale": "[yellow]made with other settings[/yellow], kept in stale/, would run anew",
+    "missing": "would run",
+}
+
+
+def gib(count: float) -> str:
+    """Bytes for a reader."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
+
+
+def _settings_line(config: Config, stage: str) -> str:
+    """What a stage works with, in a few words."""
+    learner = config.learner
+    return {
+        "prepare": f"{config.data.source} {config.data.path or ''}",
+        "rollout": f"{config.rollout.samples_per_problem} per problem, up to {config.rollout.max_response_tokens} tokens",
+        "refine": f"by {config.teacher.path or 'the student itself'}, up to {config.refine.max_response_tokens} tokens",
+        "train": f"{config.method.name}, TP {learner.tensor_model_parallel_size} x DP {learner.data_parallel_size}, "
+        f"{learner.dtype} on {learner.device}, {learner.global_batch_size} sequences a step",
+        "export": f"checkpoint {config.export.checkpoint}",
+        "report": "report.html, report.json",
+    }.get(stage, f"{', '.join(config.evaluate.benchmarks)}, {config.evaluate.samples} samples a problem")
+
+
+def tables(config: Config) -> Iterator[RenderableType]:
+    """Stages and their state; sizes, memory and disk. Raises UserError as the run itself would."""
+    run_dir = RunDir(config.run_dir, config.name)
+    stages = Table("stage", "state", "works with", title=f"{config.name} in {run_dir.path}")
+    for stage, folder in folders(config, run_dir):
+        stages.add_row(stage.name, MEANING[folder.state()], _settings_line(config, stage.name))
+    yield stages
+    yield _needs(config, run_dir)
+
+
+def _needs(config: Config, run_dir: RunDir) -> Table:
+    """Memory and disk from first principles; activations are left out, they depend on the packing."""
+    student = Architecture.from_hf(resolve_model(config.model.path))
+    teacher = Architecture.from_hf(resolve_model(config.teacher.path)) if config.teacher.path else student
+    learner, engine = config.learner, config.engine
+    tp = learner.tensor_model_parallel_size
+    for architecture, name in ((student, config.model.path), (teacher, config.teacher.path or config.model.path)):
+        architecture.check_tensor_parallel_size(tp, name)
+    width = BYTES[learner.dtype]
+    adapter = adapter_parameters(student, learner.lora.rank)
+    held = student.parameter_count() + (teacher.parameter_count() if config.teacher.path else 0)
+    # Under sequence parallelism or not, A of a column layer and B of a row layer are replicated; counting all as cut is a lower bound.
+    learner_bytes = held * width / tp + adapter * 16 / tp + 2 * learner.kl_chunk_tokens * student.padded_vocab_size(tp) / tp * 4
+    longest = config.refine.max_prompt_tokens + config.refine.max_response_tokens
+    cache = 2 * teacher.num_layers * teacher.num_query_groups * teacher.head_dim * BYTES[engine.dtype] * longest * engine.batch_size
+    engine_bytes = max(student.parameter_count(), teacher.parameter_count()) * BYTES[engine.dtype] + cache
+    checkpoints = learner.keep_checkpoints * adapter * 12
+    disk = checkpoints + student.parameter_count() * 4 + adapter * 4
+    place = run_dir.path
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+
+    table = Table("what", "size", "note", title="Sizes")
+    table.add_row("student", f"{student.parameter_count():,} parameters", f"{student.model_type}, {student.num_layers} layers, vocabulary {student.vocab_size:,}")
+    if config.teacher.path:
+        table.add_row("teacher", f"{teacher.parameter_count():,} parameters", f"{teacher.model_type}, {teacher.num_layers} layers")
+    table.add_row("adapters", f"{adapter:,} parameters", f"rank {learner.lora.rank}, float32, with AdamW's two moments")
+    if (run_dir.problems / "manifest.json").exists():
+        manifest = Manifest.read(run_dir.problems)
+        if manifest is not None and manifest.status == "done":
+            table.add_row("problems", f"{manifest.counts['train_problems']}", f"{manifest.counts['test_problems']} held out")
+    table.add_row("memory per learner rank", f"at least {gib(learner_bytes)}", "weights, adapters, optimizer, one chunk of logits; activations come on top")
+    table.add_row("memory of the engine", f"at most {gib(engine_bytes)}", f"weights and the cache of {engine.batch_size} sequences of full length")
+    if config.learner.device == "cpu":
+        table.add_row("memory of this machine", gib(psutil.virtual_memory().total), f"{gib(psutil.virtual_memory().available)} available")
+    table.add_row("disk for the run", f"about {gib(disk)}", f"{learner.keep_checkpoints} checkpoints and the merged model; {gib(free)} free at {place}")
+    if disk > free:
+        table.add_row("[red]disk[/red]", f"[red]{gib(disk - free)} short[/red]", "free some, lower learner.keep_checkpoints, or choose another run_dir")
+    return table
+
+
+def adapter_parameters(architecture: Architecture, rank: int) -> int:
+    """LoRA parameters on q, k, v, o, gate, up and down of every layer."""
+    a = architecture
+    attention, kv = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
+    shapes = [(a.hidden_size, attention), (a.hidden_size, kv), (a.hidden_size, kv), (attention, a.hidden_size)]
+    shapes += [(a.hidden_size, a.ffn_hidden_size)] * 3
+    return a.num_layers * rank * sum(width + height for width, height in shapes)
+
+
+def sample(config: Config) -> Text:
+    """One training sequence: a real one where the run has rollouts, else the first prompt with its reference solution."""
+    from trd_megatron.records import TRAJECTORY
+    from trd_megatron.run_dir import read_parquet, shard_path
+
+    run_dir = RunDir(config.run_dir, config.name)
+    chat = Chat(resolve_model(config.model.path), config.data.prompt_format, config.student.chat_template_kwargs)
+    first = shard_path(run_dir.rollouts, 0)
+    if first.exists():
+        row = read_parquet(first, TRAJECTORY)[0]
+        return coloured(chat, sequence(row["prompt_ids"], row["response_ids"]))
+    problem = prepare.load(config)[0]
+    prompt = chat.prompt_ids(student_prompt(problem["task"], problem["problem"], problem.get("starter_code")))
+    return coloured(chat, sequence(prompt, chat.encode(problem.get("reference_solution") or problem["answer"])))
+
+
+def status(run_path: Path) -> Table:
+    """The stages of a run with counts and rates. Raises UserError if `run_path` is no run."""
+    config = from_dict(read_config(run_path))
+    needed = {stage.name for stage in wanted(config)}
+    table = Table("stage", "state", "done", "rate", "seconds", title=f"{config.name} in {run_path}")
+    for stage in STAGES:
+        if stage.name not in needed:
+            table.add_row(stage.name, "[dim]not needed by this method[/dim]", "", "", "")
+            continue
+        folder = run_path / stage.folder
+        manifest = Manifest.read(folder)
+        if manifest is None:
+            table.add_row(stage.name, "[dim]not begun[/dim]", "", "", "")
+            continue
+        state = "[green]done[/green]" if manifest.status == "done" else "[yellow]begun[/yellow]"
+        table.add_row(stage.name, state, *_progress(stage.name, folder, manifest))
+    return table
+
+
+def _progress(stage: str, folder: Path, manifest: Manifest) -> tuple[str, str, str]:
+    """(what is done, rate, seconds) of a begun stage."""
+    counts, seconds = manifest.counts, manifest.seconds
+    if manifest.status != "done":
+        steps = saved_steps(folder / "checkpoints")
+        shards = len(list(folder.rglob("part-*.parquet")))
+        return (f"checkpoint at step {steps[-1]}" if steps else f"{shards} shards" if shards else "", "", "")
+    if "samples" in counts and seconds:
+        done, rate = f"{counts['samples']} samples", f"{counts['response_tokens'] / seconds:.0f} tok/s"
+    elif stage == "train":
+        done, rate = f"{counts['steps']} steps", f"{counts['tokens'] / max(counts['seconds'], 1e-9):.0f} tok/s"
+    else:
+        done, rate = ", ".join(f"{key} {value}" for key, value in counts.items() if not isinstance(value, dict)), ""
+    return done, rate, f"{seconds:.1f}"

@@ -1,0 +1,145 @@
+"""Last stage: report.json, the figures of the run, and report.html, the same for people."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from trd_megatron.config import Config, get, leaves
+from trd_megatron.errors import UserError
+from trd_megatron.report import html, plots, tables
+from trd_megatron.run_dir import Manifest, RunDir, atomic_write, write_json
+from trd_megatron.stages.evaluate import benchmark_name
+
+SAMPLES_SHOWN = 6
+GRADED = ("problem_id", "sample_index", "finish_reason", "passed", "verdict")
+TEXTS = ("problem_id", "sample_index", "response", "extracted_answer")
+
+
+def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
+    """Raises UserError if an output of an earlier stage is missing or damaged."""
+    refines = config.method.trajectory == "refined"
+    rollouts = _rows(_shards(run_dir.rollouts))
+    refined = _rows(_shards(run_dir.refined)) if refines else None
+    summary = json.loads(_text(run_dir.train / "summary.json"))
+    metrics = [json.loads(line) for line in _text(run_dir.train / "metrics.jsonl").splitlines()]
+    manifests = _manifests(run_dir, refines)
+    done = {name: dataclasses.asdict(manifest) for name, manifest in manifests.items() if manifest is not None}
+    picked = tables.pick_samples(rollouts, refined, SAMPLES_SHOWN)
+    figures = {
+        "experiment": config.name,
+        "method": config.method.name,
+        "trajectory": config.method.trajectory,
+        "mode": config.mode,
+        "student": config.model.path,
+        "teacher": config.teacher.path,
+        "seed": config.seed,
+        "benchmarks": [_benchmark(run_dir, benchmark_name(name)) for name in config.evaluate.benchmarks],
+        "kl_fixed_batch": tables.kl_change(summary),
+        "training": summary,
+        "exported_step": done["export"]["counts"]["step"] if "export" in done else None,
+        "trajectories": tables.trajectories(rollouts, refined),
+        "stages": [tables.stage(name, done.get(name)) for name in manifests],
+        "versions": tables.library_versions(done),
+        "settings": {name: get(config, name) for name, _ in leaves()},
+    }
+    drawn = {
+        "kl": plots.kl(metrics),
+        "held_out": plots.held_out(summary["kl_fixed_batch_before"], metrics),
+        "gradient_norm": plots.gradient_norm(metrics, config.learner.clip_grad),
+        "learning_rate": plots.learning_rate(metrics),
+        "lengths": plots.lengths(_lengths(rollouts), None if refined is None else _lengths(refined)),
+    }
+    if refined:
+        drawn["joint_outcomes"] = plots.joint_outcomes(figures["trajectories"]["joint_outcomes"])
+    page = html.render(figures | {"samples": _samples(run_dir, picked, rollouts, refined), "help": _help()}, drawn)
+    write_json(run_dir.path / "report.json", figures)
+    with atomic_write(run_dir.path / "report.html") as file:
+        file.write(page)
+    return {"samples_shown": len(picked), "html_bytes": len(page.encode())}
+
+
+def _manifests(run_dir: RunDir, refines: bool) -> dict[str, Manifest | None]:
+    """stage -> its manifest, of the stages left of this one."""
+    folders = {"prepare": run_dir.problems, "rollout": run_dir.rollouts, "refine": run_dir.refined, "train": run_dir.train}
+    folders |= {"export": run_dir.hf, "evaluate/base": run_dir.eval / "base", "evaluate/student": run_dir.eval / "student"}
+    return {name: Manifest.read(folder) for name, folder in folders.items() if refines or name != "refine"}
+
+
+def _benchmark(run_dir: RunDir, name: str) -> dict[str, Any]:
+    base, student = (_rows([run_dir.eval / model / f"{name}.parquet"]) for model in ("base", "student"))
+    try:
+        return tables.benchmark(name, base, student)
+    except ValueError as error:
+        raise UserError(f"{run_dir.eval}: {error}; move it away and run again") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: move {path.parent} away and run again") from None
+
+
+def _shards(folder: Path) -> list[Path]:
+    shards = sorted(folder.glob("part-*.parquet"))
+    if not shards:
+        raise UserError(f"{folder} holds no part-*.parquet: move it away and run again")
+    return shards
+
+
+def _read(path: Path, columns: Sequence[str]) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=list(columns)).select(list(columns))
+    except (pa.ArrowInvalid, KeyError, OSError) as error:
+        reason = str(error.args[0] if error.args else error).splitlines()[0]
+        raise UserError(f"{path} cannot be read ({reason}): move {path.parent} away and run again") from None
+
+
+def _rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Trajectories as report.tables takes them. Ids and texts, nearly all of the bytes, do not become Python objects."""
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        table = _read(path, (*GRADED, "response_ids"))
+        lengths = pc.list_value_length(table["response_ids"])
+        rows += table.select(list(GRADED)).append_column("response_tokens", lengths).to_pylist()
+    return rows
+
+
+def _lengths(rows: Sequence[tables.Row]) -> list[int]:
+    return [row["response_tokens"] for row in rows]
+
+
+def _texts(paths: Sequence[Path], columns: Sequence[str], problem_ids: set[str]) -> list[dict[str, Any]]:
+    """The rows of these problems."""
+    wanted = pa.array(sorted(problem_ids), pa.string())
+    tables_read = (_read(path, columns) for path in paths)
+    return [row for table in tables_read for row in table.filter(pc.is_in(table["problem_id"], wanted)).to_pylist()]
+
+
+def _samples(
+    run_dir: RunDir, picked: list[tuple[tables.Key, str]], rollouts: Sequence[tables.Row], refined: Sequence[tables.Row] | None
+) -> list[dict[str, Any]]:
+    """The picked samples with their texts: outcome, problem_id, problem, answer, attempts (y_o, then y_r if there is one)."""
+    ids = {problem_id for (problem_id, _), _ in picked}
+    found = _texts(_shards(run_dir.problems), ("problem_id", "problem", "answer"), ids)
+    problems = {row["problem_id"]: row for row in found}
+    sources = [(run_dir.rollouts, rollouts)] if refined is None else [(run_dir.rollouts, rollouts), (run_dir.refined, refined)]
+    attempts = []
+    for folder, rows in sources:
+        texts = {tables.key(row): row for row in _texts(_shards(folder), TEXTS, ids)}
+        attempts.append({tables.key(row): {**row, **texts[tables.key(row)]} for row in rows if row["problem_id"] in ids})
+    return [
+        {**problems[which[0]], "outcome": outcome, "sample_index": which[1], "attempts": [each[which] for each in attempts]}
+        for which, outcome in picked
+    ]
+
+
+def _help() -> dict[str, str]:
+    """setting -> what it means."""
+    return {name: field.metadata["help"] for name, field in leaves()}

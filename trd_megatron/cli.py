@@ -172,12 +172,13 @@ def main() -> None:
     """Entry point: maps exceptions to exit codes, one line each."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app(standalone_mode=False)
-    except typer.Exit as exit_:
-        sys.exit(exit_.exit_code)
+        code = app(standalone_mode=False)  # returns what an Exit says, and 130 for Ctrl-C
+        if code == 130:
+            _fail("interrupted; the same command goes on where it stopped", 130)
+        sys.exit(code)
     except UserError as error:
         _fail(str(error), 2)
-    except (KeyboardInterrupt, typer.Abort):
+    except KeyboardInterrupt:
         _fail("interrupted; the same command goes on where it stopped", 130)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error; typer brings click along under a private name

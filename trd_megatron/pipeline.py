@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from trd_megatron import preflight
 from trd_megatron.builtin_models import model_fingerprint, resolve_model
 from trd_megatron.config import Config, get, leaves, to_dict
 from trd_megatron.data.parquet import locate
@@ -116,6 +117,7 @@ def run(
     for name in (until, only):
         if name is not None and name not in GROUPS:
             raise UserError(f"no stage '{name}': stages are {', '.join(GROUPS)}")
+    preflight.check(config)
     todo = list(folders(config, run_dir))
     with run_dir.lock():
         run_dir.write_config(to_dict(config))
@@ -132,7 +134,11 @@ def run(
             skipped = manifest.status == "done"
             if not skipped:
                 started = time.monotonic()
-                counts = stage.run(config, run_dir, folder.folder)
+                try:
+                    counts = stage.run(config, run_dir, folder.folder)
+                except BaseException:
+                    folder.pause(manifest, time.monotonic() - started)
+                    raise
                 folder.close(manifest, counts, time.monotonic() - started)
             done.add(stage.name)
             on_stage(stage, manifest, skipped)

@@ -9,6 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from trd_megatron import preflight
 from trd_megatron.builtin_models import resolve_model
 from trd_megatron.chat import Chat, coloured, sequence
 from trd_megatron.config import Config, from_dict
@@ -50,6 +51,7 @@ def _settings_line(config: Config, stage: str) -> str:
 def tables(config: Config) -> Iterator[RenderableType]:
     """Stages and their state; sizes, memory and disk. Raises UserError as the run itself would."""
     run_dir = RunDir(config.run_dir, config.name)
+    preflight.check(config)
     stages = Table("stage", "state", "works with", title=f"{config.name} in {run_dir.path}")
     for stage, folder in folders(config, run_dir):
         stages.add_row(stage.name, MEANING[folder.state()], _settings_line(config, stage.name))
@@ -63,8 +65,6 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
     teacher = Architecture.from_hf(resolve_model(config.teacher.path)) if config.teacher.path else student
     learner, engine = config.learner, config.engine
     tp = learner.tensor_model_parallel_size
-    for architecture, name in ((student, config.model.path), (teacher, config.teacher.path or config.model.path)):
-        architecture.check_tensor_parallel_size(tp, name)
     width = BYTES[learner.dtype]
     adapter = adapter_parameters(student, learner.lora.rank)
     held = student.parameter_count() + (teacher.parameter_count() if config.teacher.path else 0)
@@ -120,7 +120,7 @@ def sample(config: Config) -> Text:
         row = read_parquet(first, TRAJECTORY)[0]
         return coloured(chat, sequence(row["prompt_ids"], row["response_ids"]))
     problem = prepare.load(config)[0]
-    prompt = chat.prompt_ids(student_prompt(problem["task"], problem["problem"], problem.get("starter_code")))
+    prompt = chat.prompt_ids(student_prompt(config.task, problem["problem"], problem.get("starter_code")))
     return coloured(chat, sequence(prompt, chat.encode(problem.get("reference_solution") or problem["answer"])))
 
 

@@ -27,6 +27,7 @@ from trd_megatron import __version__
 from trd_megatron.errors import UserError
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 RECORDED_VERSIONS = ("torch", "transformers", "megatron-core", "pyarrow", "math-verify")
 
 
@@ -74,7 +75,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @dataclass
 class Manifest:
-    """What a stage folder holds and from what it was made. seconds: working time over all attempts."""
+    """What a stage folder holds and from what it was made. seconds: working time over all attempts but those that were killed."""
 
     stage: str
     status: str  # running | done
@@ -112,7 +113,7 @@ class RunDir:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run_dir={self.path} is a file: choose another run_dir=PATH")
-        if self.path.is_dir() and any(self.path.iterdir()):
+        if self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir()):
             if not self.config_file.exists():
                 raise UserError(f"run_dir={self.path} holds other files and no config.yaml: choose an empty run_dir=PATH")
             held = read_config(self.path).get("name")
@@ -141,7 +142,7 @@ class RunDir:
         import fcntl
 
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
+        with (self.path / LOCK).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -206,6 +207,11 @@ class StageFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             manifest.write(self.folder)
         return manifest
+
+    def pause(self, manifest: Manifest, seconds: float) -> None:
+        """Notes the working time of an attempt that did not finish."""
+        manifest.seconds += seconds
+        manifest.write(self.folder)
 
     def close(self, manifest: Manifest, counts: dict[str, Any], seconds: float) -> None:
         """Marks the stage done."""

@@ -1,5 +1,6 @@
 """A trained adapter out of a Megatron distributed checkpoint: as a PEFT folder, and merged into the base model."""
 
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -30,7 +31,7 @@ def read_factors(checkpoint: Path) -> dict[str, torch.Tensor]:
             if _FACTOR.fullmatch(name) and isinstance(entry, dcp.metadata.TensorStorageMetadata)
         }
         dcp.load(state, storage_reader=reader, no_dist=True)
-    except (OSError, RuntimeError, ValueError, EOFError, dcp.CheckpointException) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, dcp.CheckpointException) as error:
         raise UserError(f"checkpoint {checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
     if not state:
         raise UserError(f"checkpoint {checkpoint} holds no adapter")

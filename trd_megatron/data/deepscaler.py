@@ -24,7 +24,6 @@ def load(path: Path | None) -> list[dict[str, Any]]:
         problems.append(
             {
                 "problem_id": f"deepscaler-{number}",
-                "task": "math",
                 "problem": row["problem"],
                 "answer": answer,
                 "reference_solution": None if solution in ("", answer) else solution,

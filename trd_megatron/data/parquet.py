@@ -58,7 +58,7 @@ def load(path: Path) -> list[dict[str, Any]]:
         if answer is None or not str(answer).strip():
             raise UserError(f"{path}: row {number} has no answer ('{row['problem'][:40]}')")
         problem = {name: None if row.get(name) is None else str(row[name]) for name in OPTIONAL}
-        problem |= {"problem": row["problem"], "answer": str(answer), "task": "math"}
+        problem |= {"problem": row["problem"], "answer": str(answer)}
         problem["problem_id"] = problem["problem_id"] or f"{path.stem}-{number}"
         problem["source"] = problem["source"] or path.name
         problems.append(problem)

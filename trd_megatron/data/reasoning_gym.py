@@ -1,6 +1,6 @@
 """The quickstart's problems: sums of three small numbers from the reasoning-gym library (task basic_arithmetic, Apache-2.0).
 
-The size is chosen for SmolLM2-135M-Instruct, which solves about a third of them. Without an example it hardly ever writes
+The size is chosen for SmolLM2-135M-Instruct, which solves about a fifth of them. Without an example it seldom writes
 \\boxed{}, so every problem text opens with the same worked example; the reference solution has the example's form and is
 composed here from the library's expression.
 """

@@ -17,10 +17,10 @@ from trd_megatron.stages.generate import counts, generate
 from trd_megatron.stages.rollout import student_tasks
 
 
-def _problems(benchmark: str, run_dir: RunDir) -> list[dict[str, Any]]:
+def _problems(config: Config, benchmark: str, run_dir: RunDir) -> list[dict[str, Any]]:
     if benchmark == "test":
         return [problem for problem in prepare.read(run_dir).values() if problem["split"] == "test"]
-    return [dict.fromkeys(PROBLEM.names) | problem for problem in parquet.load(parquet.locate(benchmark))]
+    return [dict.fromkeys(PROBLEM.names) | problem | {"task": config.task} for problem in parquet.load(parquet.locate(benchmark))]
 
 
 def run_base(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def _run(config: Config, run_dir: RunDir, folder: Path, model: Path, name: str) 
     for benchmark in settings.benchmarks:
         target = folder / f"{benchmark_name(benchmark)}.parquet"
         parts = folder / f".{target.stem}.parts"
-        problems = _problems(benchmark, run_dir)
+        problems = _problems(config, benchmark, run_dir)
         tasks, skipped = student_tasks(chat, problems, settings.samples, settings.max_prompt_tokens, "evaluate.max_prompt_tokens")
         if not target.exists():
             parts.mkdir(exist_ok=True)

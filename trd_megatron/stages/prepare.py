@@ -16,7 +16,7 @@ SHARD_SIZE = 10_000
 def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
     """Raises UserError if the source is missing or damaged, empty, or smaller than the held-out part."""
     problems = load(config)
-    rows = [dict.fromkeys(PROBLEM.names) | problem for problem in problems]
+    rows = [dict.fromkeys(PROBLEM.names) | problem | {"task": config.task} for problem in problems]
     for index, start in enumerate(range(0, len(rows), SHARD_SIZE)):
         write_parquet(shard_path(folder, index), rows[start : start + SHARD_SIZE], PROBLEM)
     train = [row for row in rows if row["split"] == "train"]

@@ -21,11 +21,7 @@ def build_samples(config: Config, run_dir: RunDir) -> tuple[list[dict[str, Any]]
     The student's prompt is the one its rollout was drawn under, the response ids are the engine's own. The teacher's
     prompt follows method.teacher_prompt: vanilla, or refine with y_o in it.
     """
-    student_path = resolve_model(config.model.path)
-    teacher_path = resolve_model(config.teacher.path) if config.teacher.path else student_path
-    chat = Chat(teacher_path, config.data.prompt_format, config.teacher.chat_template_kwargs)
-    if teacher_path != student_path:
-        _check_vocabulary(config, chat, Chat(student_path, config.data.prompt_format, {}))
+    chat = Chat(resolve_model(config.teacher.path or config.model.path), config.data.prompt_format, config.teacher.chat_template_kwargs)
     problems = prepare.read(run_dir)
     rollouts = {(row["problem_id"], row["sample_index"]): row for row in read_shards(run_dir.rollouts, TRAJECTORY)}
     refined = config.method.trajectory == "refined"
@@ -55,16 +51,6 @@ def build_samples(config: Config, run_dir: RunDir) -> tuple[list[dict[str, Any]]
             }
         )
     return rows, left_out
-
-
-def _check_vocabulary(config: Config, teacher: Chat, student: Chat) -> None:
-    ours, theirs = student.vocabulary(), teacher.vocabulary()
-    if ours != theirs:
-        differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-        raise UserError(
-            f"teacher.path={config.teacher.path} has another vocabulary than model.path={config.model.path} "
-            f"({len(differing)} tokens differ, e.g. {differing[0]!r}): full-vocabulary KL needs the same one"
-        )
 
 
 def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:

@@ -1,0 +1,217 @@
+"""The learner's parts that need no ranks: name table, packing, schedule, learning rate, checkpoint bookkeeping, adapters on disk."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import tiny
+from trd_megatron.config import LearnerConfig, load
+from trd_megatron.convert.adapter import merge, read_factors
+from trd_megatron.convert.architecture import Architecture
+from trd_megatron.convert.mapping import entries, expected_shapes, fuse_qkv, shard
+from trd_megatron.errors import UserError
+from trd_megatron.learner.checkpoint_files import best_step, prune, saved_steps, step_folder
+from trd_megatron.learner.packing import Sample, deal, micro_batches, pack
+from trd_megatron.planning import adapter_parameters
+from trd_megatron.stages.export import choose_step
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_the_name_table_covers_every_tensor_once(name: str, tmp_path: Path) -> None:
+    architecture = Architecture.from_hf(tiny.make(name, tmp_path))
+    tensors = load_file(tmp_path / "model.safetensors")
+    named = [hf for entry in entries(architecture) for hf in entry.hf]
+    assert sorted(named) == sorted(tensors)
+    for entry in entries(architecture):
+        assert [tuple(tensors[hf].shape) for hf in entry.hf] == expected_shapes(entry, architecture)
+    assert architecture.parameter_count() == sum(
+        t.numel() for key, t in tensors.items() if not key.endswith(("bias", "q_norm.weight", "k_norm.weight"))
+    )
+
+
+def test_shards_put_together_are_the_whole(tmp_path: Path) -> None:
+    architecture = Architecture.from_hf(tiny.make("qwen2", tmp_path))
+    tensors = load_file(tmp_path / "model.safetensors")
+    for entry in entries(architecture):
+        full = [tensors[hf] for hf in entry.hf]
+        one, two = shard(entry, full, architecture, 0, 1), [shard(entry, full, architecture, rank, 2) for rank in (0, 1)]
+        if entry.kind == "replicated":
+            assert all(torch.equal(part, one) for part in two)
+        elif entry.kind == "gate_up":
+            gate, up = one.chunk(2)
+            assert torch.equal(torch.cat([part.chunk(2)[0] for part in two]), gate)
+            assert torch.equal(torch.cat([part.chunk(2)[1] for part in two]), up)
+        elif entry.kind == "vocab":  # 259 rows: padded with zeros on two ranks
+            assert torch.equal(torch.cat(two)[:259], one)
+            assert torch.cat(two)[259:].eq(0).all()
+        else:
+            assert torch.equal(torch.cat(two, dim=1 if entry.kind == "row" else 0), one)
+
+
+def test_qkv_is_interleaved_by_group() -> None:
+    q, k, v = torch.arange(8), torch.arange(10, 14), torch.arange(20, 24)  # 2 groups: 2 query heads of size 2, 1 key, 1 value
+    expected = [0, 1, 2, 3, 10, 11, 20, 21, 4, 5, 6, 7, 12, 13, 22, 23]
+    assert fuse_qkv(q, k, v, 2).tolist() == expected
+    batch = [torch.stack([t, t + 100]) for t in (q, k, v)]
+    assert fuse_qkv(*batch, 2, dim=-1).tolist() == [expected, [n + 100 for n in expected]]
+
+
+def test_architectures_that_are_not_carried_over_are_refused(tmp_path: Path) -> None:
+    folder = tiny.make("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    rope = config["rope_parameters"]
+    for change, message in (
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "activation 'gelu'"),
+        ({"rope_parameters": rope | {"rope_type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=message):
+            Architecture.from_hf(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json cannot be used"):
+        Architecture.from_hf(folder)
+
+
+def sample(student: int, teacher: int, response: int, name: str = "p") -> Sample:
+    return Sample(name, 0, list(range(student)), list(range(50, 50 + teacher)), list(range(100, 100 + response)))
+
+
+def test_rows_predict_their_targets() -> None:
+    packing = pack([[1, 2, 3], [4]], [[5, 6], [7, 8]], 4, CPU)
+    assert packing.ids.tolist() == [1, 2, 3, 5, 6, 4, 7, 8]
+    assert packing.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert packing.cu_seqlens.tolist() == [0, 5, 8]
+    assert packing.rows.tolist() == [2, 3, 5, 6]
+    assert packing.targets.tolist() == [5, 6, 7, 8]
+    assert packing.ids[packing.rows + 1].tolist() == packing.targets.tolist()
+    padded = pack([[1, 2, 3]], [[5, 6]], 4, CPU)
+    assert padded.cu_seqlens.tolist() == [0, 5, 8]  # padding is a segment of its own
+    assert padded.rows.tolist() == [2, 3]
+
+
+def test_micro_batches_keep_the_order_and_the_limit() -> None:
+    samples = [sample(5, 9, 3, "a"), sample(4, 2, 8, "b"), sample(9, 9, 3, "c")]
+    batches = micro_batches(samples, 24, 1, CPU)
+    assert [[s.problem_id for s in batch.samples] for batch in batches] == [["a", "b"], ["c"]]
+    for batch in batches:
+        assert max(len(batch.student.ids), len(batch.teacher.ids)) <= 24
+        assert torch.equal(batch.student.targets, batch.teacher.targets)
+    with pytest.raises(ValueError, match="a: 12 tokens do not fit into 11"):
+        micro_batches(samples, 11, 1, CPU)
+
+
+def test_dealing_is_disjoint_complete_and_balanced() -> None:
+    draw = random.Random(0)
+    samples = [sample(draw.randrange(1, 40), draw.randrange(1, 40), draw.randrange(1, 40), str(i)) for i in range(31)]
+    dealt = deal(samples, 3)
+    assert sorted(s.problem_id for part in dealt for s in part) == sorted(s.problem_id for s in samples)
+    loads = [sum(s.longest for s in part) for part in dealt]
+    assert max(loads) - min(loads) <= max(s.longest for s in samples)
+    assert deal(samples[:1], 2)[1] == []
+
+
+def test_the_learning_rate_warms_up_and_decays() -> None:
+    from trd_megatron.learner.optimizer import learning_rate
+
+    config = LearnerConfig(learning_rate=1.0, warmup_ratio=0.1, min_learning_rate_ratio=0.1)
+    rates = [learning_rate(config, step, 100) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([n / 10 for n in range(1, 11)])
+    assert rates[54] == pytest.approx(0.55)  # half way down
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert learning_rate(config, 1, 1) == 1.0
+
+
+def test_the_schedule_covers_every_sample_once_an_epoch() -> None:
+    from trd_megatron.learner.train import schedule, split_held_out
+
+    steps = schedule(10, load(["experiment=smoke", "learner.epochs=2"]))
+    assert [len(step) for step in steps] == [4, 4, 2, 4, 4, 2]
+    assert sorted(sum(steps[:3], [])) == sorted(sum(steps[3:], [])) == list(range(10))
+    assert steps[:3] != steps[3:]
+    assert len(schedule(10, load(["experiment=smoke", "learner.max_steps=2"]))) == 2
+    samples = [sample(1, 1, 1, str(i)) for i in range(10)]
+    training, held = split_held_out(samples, 3, 0)
+    assert len(held) == 3
+    assert sorted(s.problem_id for s in training + held) == sorted(s.problem_id for s in samples)
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Callable[..., Path]:
+    def make(*steps: int, held_out: dict[str, float] | None = None) -> Path:
+        for step in steps:
+            folder = step_folder(tmp_path, step)
+            folder.mkdir()
+            (folder / "state.json").write_text(json.dumps({"step": step, "held_out_kl": held_out or {}}))
+        return tmp_path
+
+    return make
+
+
+def test_half_written_checkpoints_do_not_count(checkpoints: Callable[..., Path]) -> None:
+    folder = checkpoints(2, 10)
+    step_folder(folder, 12).mkdir()
+    (folder / ".step_14.tmp").mkdir()
+    assert saved_steps(folder) == [2, 10]
+
+
+def test_old_checkpoints_go_but_the_best_and_the_last_stay(checkpoints: Callable[..., Path]) -> None:
+    folder = checkpoints(1, 2, 3, 4, 5)
+    prune(folder, 3, best=1)
+    assert saved_steps(folder) == [1, 4, 5]
+    prune(folder, 1, best=1)
+    assert saved_steps(folder) == [1, 5]
+
+
+def test_choosing_a_checkpoint(checkpoints: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        choose_step(tmp_path, "last")
+    folder = checkpoints(2, 4, 6, held_out={"0": 0.1, "2": 0.5, "4": 0.3, "6": 0.4, "8": 0.0})
+    assert choose_step(folder, "last") == 6
+    assert choose_step(folder, "best") == 4
+    assert choose_step(folder, "2") == 2
+    with pytest.raises(UserError, match="saved steps are 2, 4, 6"):
+        choose_step(folder, "3")
+    assert best_step({"held_out_kl": {"0": 0.1}}, folder) is None
+
+
+def test_merging_adds_scaled_products_and_checks_first(tmp_path: Path) -> None:
+    base = tiny.make("qwen3", tmp_path / "base")
+    name = "model.layers.1.mlp.down_proj"
+    a, b = torch.randn(3, 72), torch.randn(40, 3)
+    merge(base, {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, 0.5, tmp_path / "out")
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
+    torch.testing.assert_close(after[f"{name}.weight"], before[f"{name}.weight"] + 0.5 * b @ a)
+    assert [key for key in before if not torch.equal(before[key], after[key])] == [f"{name}.weight"]
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    with pytest.raises(UserError, match="does not fit"):
+        merge(base, {f"{name}.lora_A.weight": b.T, f"{name}.lora_B.weight": a.T}, 0.5, tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_checkpoint_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_factors(tmp_path)
+
+
+def test_adapter_size_is_what_training_makes() -> None:
+    architecture = Architecture("qwen3", 2, 48, 96, 4, 2, 16, 259, 4096, 1e-6, 1e4, None, True, False, True)
+    assert adapter_parameters(architecture, 4) == 6528  # as the smoke experiment exports
+
+
+def test_torn_metrics_lines_are_left_out(tmp_path: Path) -> None:
+    from trd_megatron.learner.train import read_metrics
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+

@@ -5,6 +5,7 @@ these are answered with the CPU.
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,6 +35,32 @@ def prepare() -> None:
     patched._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     patched.initialize_rng_tracker()
     patched._CUDA_RNG_STATE_TRACKER.reset()
+    _multiply_with_onednn()
+
+
+_registrations: list[torch.library.Library] = []  # they hold as long as they are referenced
+
+
+def _multiply_with_onednn() -> None:
+    """Routes this process's float32 matrix products through oneDNN.
+
+    torch uses MKL for them, which leaves AVX-512 unused on AMD processors: on two Zen 5 cores MKL reaches 190 GFLOP/s, oneDNN
+    430, in the same float32 arithmetic (other summation order).
+    """
+    if _registrations or not torch.backends.mkldnn.is_available():
+        return
+
+    def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        # A transposed left side can end in oneDNN's reference code, a thousand times slower.
+        if a.dtype == torch.float32 and a.stride(1) == 1 and 1 in b.stride() and a.numel() and b.numel():
+            return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+        return torch.ops.aten.mm.out(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Oo]verriding a previously registered kernel.*")
+        library.impl("mm", mm, "CPU", allow_override=True)
+    _registrations.append(library)
 
 
 class _CudaMeansCpu(TorchFunctionMode):

@@ -115,9 +115,7 @@ def _checked(folder: Path) -> Path:
         raise UserError(f"model folder {folder} has no config.json: give the folder that save_pretrained wrote")
     _read_json(config)
     if not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"model folder {folder} has no *.safetensors: save the model with save_pretrained of a recent transformers"
-        )
+        raise UserError(f"model folder {folder} has no *.safetensors: save the model with save_pretrained of a recent transformers")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = _read_json(index).get("weight_map", {})
@@ -150,9 +148,7 @@ def _cached(name: str, make: Callable[[Path], None]) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
     except OSError as error:
-        raise UserError(
-            f"the model cache {cache} cannot be written ({error.strerror}): set TRD_CACHE to another folder"
-        ) from error
+        raise UserError(f"the model cache {cache} cannot be written ({error.strerror}): set TRD_CACHE to another folder") from error
     try:
         make(temporary)
         temporary.chmod(0o755)  # mkdtemp made it private

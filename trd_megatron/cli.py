@@ -3,8 +3,9 @@
 import os
 import sys
 import time
+from dataclasses import MISSING
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.table import Table
@@ -161,16 +162,16 @@ def _print_keys() -> None:
         typer.echo(f"{group}={'|'.join(options(group))}   (files in {conf_dir() / group})")
     typer.echo("")
     for key, field in leaves():
-        import dataclasses
-
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
-        kind = getattr(field.type, "__name__", None) if not str(field.type).startswith(("list", "dict")) else None
-        typer.echo(f"{key}: {kind or field.type} = {default}\n    {field.metadata['help']}")
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        kind = field.type.__name__ if isinstance(field.type, type) and not get_args(field.type) else field.type
+        typer.echo(f"{key}: {kind} = {default}\n    {field.metadata['help']}")
 
 
 def main() -> None:
     """Entry point: maps exceptions to exit codes, one line each."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our bars show what takes long
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         code = app(standalone_mode=False)  # returns what an Exit says, and 130 for Ctrl-C
         if code == 130:

@@ -35,7 +35,9 @@ def table() -> Table:
     rows = Table("what", "found", "for", title="trd doctor")
     memory = psutil.virtual_memory()
     rows.add_row("python", platform.python_version(), "")
-    rows.add_row("processor", f"{os.cpu_count()} cores, PyTorch uses {torch.get_num_threads()} threads", "learner.device=cpu, engine.device=cpu")
+    rows.add_row(
+        "processor", f"{os.cpu_count()} cores, PyTorch uses {torch.get_num_threads()} threads", "learner.device=cpu, engine.device=cpu"
+    )
     rows.add_row("memory", f"{gib(memory.total)}, {gib(memory.available)} available", "")
     rows.add_row("disk here", f"{gib(shutil.disk_usage(Path.cwd()).free)} free", "run_dir")
     if torch.cuda.is_available():

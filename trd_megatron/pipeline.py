@@ -40,7 +40,8 @@ class Stage:
 
 _PROMPT = ("data.prompt_format", "student", "seed", "engine", "verify")
 STAGES = (
-    Stage("prepare", "problems", prepare.run, ("data.source", "data.train_problems", "data.test_problems", "task", "seed"), reads_data=True),
+    Stage("prepare", "problems", prepare.run, ("data.source", "data.train_problems", "data.test_problems", "task", "seed"),
+          reads_data=True),
     Stage("rollout", "rollouts", rollout.run, ("rollout", *_PROMPT), ("prepare",), reads_student=True),
     Stage("refine", "refined", refine.run, ("refine", "mode", "teacher", *_PROMPT), ("rollout",), reads_teacher=True),
     Stage(
@@ -96,7 +97,11 @@ def folders(config: Config, run_dir: RunDir) -> Iterator[tuple[Stage, StageFolde
     for stage in wanted(config):
         inputs = {need: fingerprints[need] for need in stage.needs if need in fingerprints}
         folder = StageFolder(
-            run_dir, stage.name.replace("/", "-"), run_dir.path / stage.folder, _settings(config, stage.settings), inputs | _outside(config, stage)
+            run_dir,
+            stage.name.replace("/", "-"),
+            run_dir.path / stage.folder,
+            _settings(config, stage.settings),
+            inputs | _outside(config, stage),
         )
         fingerprints[stage.name] = folder.fingerprint
         yield stage, folder
@@ -129,7 +134,9 @@ def run(
                 continue
             missing = [need for need in stage.needs if need not in done and any(s.name == need for s, _ in todo)]
             if missing:
-                raise UserError(f"stage {stage.name} reads {missing[0]}, which is not done: run it first (--until {missing[0].split('/')[0]})")
+                raise UserError(
+                    f"stage {stage.name} reads {missing[0]}, which is not done: run it first (--until {missing[0].split('/')[0]})"
+                )
             manifest = folder.open()
             skipped = manifest.status == "done"
             if not skipped:

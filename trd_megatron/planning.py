@@ -81,7 +81,11 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
     free = shutil.disk_usage(place).free
 
     table = Table("what", "size", "note", title="Sizes")
-    table.add_row("student", f"{student.parameter_count():,} parameters", f"{student.model_type}, {student.num_layers} layers, vocabulary {student.vocab_size:,}")
+    table.add_row(
+        "student",
+        f"{student.parameter_count():,} parameters",
+        f"{student.model_type}, {student.num_layers} layers, vocabulary {student.vocab_size:,}",
+    )
     if config.teacher.path:
         table.add_row("teacher", f"{teacher.parameter_count():,} parameters", f"{teacher.model_type}, {teacher.num_layers} layers")
     table.add_row("adapters", f"{adapter:,} parameters", f"rank {learner.lora.rank}, float32, with AdamW's two moments")
@@ -89,13 +93,27 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
         manifest = Manifest.read(run_dir.problems)
         if manifest is not None and manifest.status == "done":
             table.add_row("problems", f"{manifest.counts['train_problems']}", f"{manifest.counts['test_problems']} held out")
-    table.add_row("memory per learner rank", f"at least {gib(learner_bytes)}", "weights, adapters, optimizer, one chunk of logits; activations come on top")
-    table.add_row("memory of the engine", f"at most {gib(engine_bytes)}", f"weights and the cache of {engine.batch_size} sequences of full length")
+    table.add_row(
+        "memory per learner rank",
+        f"at least {gib(learner_bytes)}",
+        "weights, adapters, optimizer, one chunk of logits; activations come on top",
+    )
+    table.add_row(
+        "memory of the engine", f"at most {gib(engine_bytes)}", f"weights and the cache of {engine.batch_size} sequences of full length"
+    )
     if config.learner.device == "cpu":
         table.add_row("memory of this machine", gib(psutil.virtual_memory().total), f"{gib(psutil.virtual_memory().available)} available")
-    table.add_row("disk for the run", f"about {gib(disk)}", f"{learner.keep_checkpoints} checkpoints and the merged model; {gib(free)} free at {place}")
+    table.add_row(
+        "disk for the run",
+        f"about {gib(disk)}",
+        f"{learner.keep_checkpoints} checkpoints and the merged model; {gib(free)} free at {place}",
+    )
     if disk > free:
-        table.add_row("[red]disk[/red]", f"[red]{gib(disk - free)} short[/red]", "free some, lower learner.keep_checkpoints, or choose another run_dir")
+        table.add_row(
+            "[red]disk[/red]",
+            f"[red]{gib(disk - free)} short[/red]",
+            "free some, lower learner.keep_checkpoints, or choose another run_dir",
+        )
     return table
 
 

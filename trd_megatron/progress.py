@@ -1,14 +1,16 @@
 """Progress bars for long work: what is done, how fast, how long it still takes."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-console = Console(stderr=True)  # progress and errors
-output = Console()  # what was asked for
+WIDE = 140  # where nothing is a terminal, lines are not folded at 80
+console = Console(stderr=True, width=None if sys.stderr.isatty() else WIDE)  # progress and errors
+output = Console(width=None if sys.stdout.isatty() else WIDE)  # what was asked for
 
 
 class _Rate(ProgressColumn):
@@ -21,7 +23,7 @@ class _Rate(ProgressColumn):
         parts = [f"{(task.completed - task.fields['before']) / seconds:.2f} {task.fields['unit']}/s"]
         if task.fields["tokens"]:
             parts.append(f"{task.fields['tokens'] / seconds:.0f} tok/s")
-        return Text(" ".join(parts), style="cyan")
+        return Text(" ".join(parts), style="cyan", no_wrap=True)
 
 
 class Bar:
@@ -46,8 +48,8 @@ class Bar:
 def bar(description: str, total: int, unit: str, start: int = 0) -> Iterator[Bar]:
     """A bar on standard error; where that is no terminal, only its last state is printed."""
     columns = (
-        TextColumn("{task.description:<18}"), BarColumn(bar_width=30), MofNCompleteColumn(), _Rate(),
-        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", style="dim"),
+        TextColumn("{task.description:<8}"), BarColumn(bar_width=12), MofNCompleteColumn(), _Rate(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", style="dim"),
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
         yield Bar(progress, description, total, unit, start)

@@ -7,7 +7,7 @@ CODE_INSTRUCTION = (
 )
 TRUNCATED = "\n[... truncated ...]"
 
-_MATH_REFINE = {
+_MATH_REFINE: dict[str, tuple[str, tuple[str, ...]]] = {
     "opd": (
         "Your task is to rewrite your mathematical solution.",
         (
@@ -64,6 +64,7 @@ def vanilla_teacher_prompt(mode: str, task: str, problem: str, reference: str | 
 
 def refine_prompt(mode: str, task: str, problem: str, initial_solution: str, reference: str | None) -> str:
     """The prompt under which the teacher rewrites y_o into y_r; OPSD shows the reference solution, OPD hides it."""
+    steps: tuple[str, ...]
     if task == "math":
         opening, steps = _MATH_REFINE[mode]
         closing = MATH_INSTRUCTION

@@ -38,9 +38,7 @@ TRAJECTORY = pa.schema(
     ]
 )
 
-REFINED = TRAJECTORY.append(pa.field("initial_response", pa.string(), nullable=False)).append(
-    pa.field("initial_passed", pa.bool_())
-)
+REFINED = TRAJECTORY.append(pa.field("initial_response", pa.string(), nullable=False)).append(pa.field("initial_passed", pa.bool_()))
 
 SAMPLE = pa.schema(  # train/samples.parquet: what the learner's ranks read; one row is one trajectory under both prompts
     [

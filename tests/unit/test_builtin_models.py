@@ -227,9 +227,7 @@ def test_smollm2_is_converted_to_a_plain_model(cache):
     assert config["model_type"] == "llama"
     assert not {"quantization_config", "_model_name_or_path"} & set(config)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is 2 + 3?"}], add_generation_prompt=True, return_dict=False
-    )
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "What is 2 + 3?"}], add_generation_prompt=True, return_dict=False)
     model = AutoModelForCausalLM.from_pretrained(path)
     answer = model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)[0, len(ids) :]
     assert "5" in tokenizer.decode(answer)

@@ -31,7 +31,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
     def run(*overrides: str) -> str:
         arguments = ("run", "experiment=smoke", f"run_dir={tmp_path / 'run'}", *overrides)
-        code, out, err = trd(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+        code, _, err = trd(*arguments, monkeypatch=monkeypatch, capsys=capsys)
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         assert (code, len(lines)) == (2, 1), err
         assert err.rstrip().endswith(lines[0])  # nothing after it, no traceback

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from itertools import chain, pairwise
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,9 @@ def test_shards_put_together_are_the_whole(tmp_path: Path) -> None:
 def test_qkv_is_interleaved_by_group() -> None:
     q, k, v = torch.arange(8), torch.arange(10, 14), torch.arange(20, 24)  # 2 groups: 2 query heads of size 2, 1 key, 1 value
     expected = [0, 1, 2, 3, 10, 11, 20, 21, 4, 5, 6, 7, 12, 13, 22, 23]
-    assert fuse_qkv(q, k, v, 2).tolist() == expected
+    assert fuse_qkv((q, k, v), 2).tolist() == expected
     batch = [torch.stack([t, t + 100]) for t in (q, k, v)]
-    assert fuse_qkv(*batch, 2, dim=-1).tolist() == [expected, [n + 100 for n in expected]]
+    assert fuse_qkv(batch, 2, dim=-1).tolist() == [expected, [n + 100 for n in expected]]
 
 
 def test_architectures_that_are_not_carried_over_are_refused(tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
     assert rates[:10] == pytest.approx([n / 10 for n in range(1, 11)])
     assert rates[54] == pytest.approx(0.55)  # half way down
     assert rates[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[9:]))
     assert learning_rate(config, 1, 1) == 1.0
 
 
@@ -135,7 +136,7 @@ def test_the_schedule_covers_every_sample_once_an_epoch() -> None:
 
     steps = schedule(10, load(["experiment=smoke", "learner.epochs=2"]))
     assert [len(step) for step in steps] == [4, 4, 2, 4, 4, 2]
-    assert sorted(sum(steps[:3], [])) == sorted(sum(steps[3:], [])) == list(range(10))
+    assert sorted(chain(*steps[:3])) == sorted(chain(*steps[3:])) == list(range(10))
     assert steps[:3] != steps[3:]
     assert len(schedule(10, load(["experiment=smoke", "learner.max_steps=2"]))) == 2
     samples = [sample(1, 1, 1, str(i)) for i in range(10)]
@@ -213,5 +214,3 @@ def test_torn_metrics_lines_are_left_out(tmp_path: Path) -> None:
 
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
-
-

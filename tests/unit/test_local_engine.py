@@ -74,10 +74,7 @@ def ids(generations: list[Generation]) -> list[list[int]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_ids_of_mixed_lengths_are_those_of_generate_one_by_one(folders, family):
     plain = AutoModelForCausalLM.from_pretrained(folders[family])
-    expected = [
-        plain.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist()
-        for prompt in PROMPTS
-    ]
+    expected = [plain.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0, len(prompt) :].tolist() for prompt in PROMPTS]
     assert len({tuple(row) for row in expected}) == len(PROMPTS)  # the model does look at its prompt
     for batch_size in (1, 4, 32):
         assert ids(run(LocalEngine(folders[family], batch_size=batch_size), requests(PROMPTS), GREEDY)) == expected

@@ -70,7 +70,9 @@ def test_student_prompts() -> None:
     assert "Starter code" not in prompts.student_prompt("code", "P")
 
 
-@pytest.mark.parametrize(("mode", "task", "expected"), [("opsd", "math", MATH_OPSD), ("opd", "math", MATH_OPD), ("opsd", "code", CODE_OPSD)])
+@pytest.mark.parametrize(
+    ("mode", "task", "expected"), [("opsd", "math", MATH_OPSD), ("opd", "math", MATH_OPD), ("opsd", "code", CODE_OPSD)]
+)
 def test_refine_prompts(mode: str, task: str, expected: str) -> None:
     assert prompts.refine_prompt(mode, task, "P", "Y", "R" if mode == "opsd" else None) == expected
 
@@ -135,7 +137,13 @@ def test_kwargs_reach_the_template(model: Path, tmp_path: Path) -> None:
         assert chat.decode(chat.prompt_ids("hi")) == text
 
 
-PROBLEM: dict[str, Any] = {"task": "math", "problem": "What is 2 + 2?", "reference_solution": "R" * 300, "answer": "4", "starter_code": None}
+PROBLEM: dict[str, Any] = {
+    "task": "math",
+    "problem": "What is 2 + 2?",
+    "reference_solution": "R" * 300,
+    "answer": "4",
+    "starter_code": None,
+}
 
 
 def shown(chat: Chat, initial: str | None, budget: int, problem: dict[str, Any] = PROBLEM, **changes: Any) -> str | None:

@@ -71,9 +71,7 @@ def make_run(path: Path, *, method: MethodConfig | None = None, graded: bool = T
 
     def manifest(folder: Path, stage: str, counts: dict[str, Any], seconds: float) -> None:
         versions = {"torch": "2.0" if stage == "prepare" else "2.1", "pyarrow": "9"}
-        made = Manifest(
-            stage, "done", "f" * 64, {}, {}, counts, versions, seconds, "2025-01-01T00:00:00Z", "2025-01-01T00:01:00Z"
-        )
+        made = Manifest(stage, "done", "f" * 64, {}, {}, counts, versions, seconds, "2025-01-01T00:00:00Z", "2025-01-01T00:01:00Z")
         made.write(folder)
 
     problems = [
@@ -97,9 +95,7 @@ def make_run(path: Path, *, method: MethodConfig | None = None, graded: bool = T
     manifest(run_dir.rollouts, "rollout", {"samples": 7, "response_tokens": 280, "skipped_over_budget": 0}, 14.0)
     if config.method.trajectory == "refined":
         write_parquet(shard_path(run_dir.refined, 0), second, REFINED)
-        manifest(
-            run_dir.refined, "refine", {"samples": 6, "response_tokens": 108, "skipped_over_budget": 1, "skipped_aborted": 0}, 3.0
-        )
+        manifest(run_dir.refined, "refine", {"samples": 6, "response_tokens": 108, "skipped_over_budget": 1, "skipped_aborted": 0}, 3.0)
 
     summary = {"kl_fixed_batch_before": 0.5, "kl_fixed_batch_after": 0.375, "steps": steps, "tokens": 90, "seconds": 8.0}
     summary |= {"best_step": steps, "training_samples": 5, "held_out_samples": 1}

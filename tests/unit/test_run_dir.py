@@ -114,9 +114,14 @@ def test_two_processes_cannot_work_in_one_run(tmp_path: Path) -> None:
 def test_an_error_while_writing_keeps_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "file.json"
     target.write_text("old")
-    with pytest.raises(RuntimeError, match="disk"), atomic_write(target) as file:
-        file.write("half")
-        raise RuntimeError("disk")
+
+    def write() -> None:
+        with atomic_write(target) as file:
+            file.write("half")
+            raise RuntimeError("disk")
+
+    with pytest.raises(RuntimeError, match="disk"):
+        write()
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 

@@ -248,9 +248,7 @@ def test_verdicts(verifier, cases, verdict):
 
 def test_known_differences_of_math_verify(verifier):
     verdicts = verifier.verify_many((in_box(answer), gold) for answer, gold, _ in KNOWN_DIFFERENCES)
-    assert [
-        (answer, gold, v.verdict) for (answer, gold, _), v in zip(KNOWN_DIFFERENCES, verdicts, strict=True)
-    ] == KNOWN_DIFFERENCES
+    assert [(answer, gold, v.verdict) for (answer, gold, _), v in zip(KNOWN_DIFFERENCES, verdicts, strict=True)] == KNOWN_DIFFERENCES
 
 
 def test_a_crash_of_the_grader_is_no_wrong_answer(verifier):
@@ -261,9 +259,7 @@ def test_a_crash_of_the_grader_is_no_wrong_answer(verifier):
 def test_verdicts_without_a_worker():
     before = set(my_workers())
     with MathVerifier(workers=1) as verifier:
-        verdicts = list(
-            verifier.verify_many([("5", "5"), (r"\boxed{ }", "5"), (r"\boxed{5}", " "), (in_box("5" * 100_000), "5")])
-        )
+        verdicts = list(verifier.verify_many([("5", "5"), (r"\boxed{ }", "5"), (r"\boxed{5}", " "), (in_box("5" * 100_000), "5")]))
         assert set(my_workers()) == before
     assert [(v.passed, v.verdict) for v in verdicts] == [(False, "no_answer")] * 2 + [(None, "error"), (False, "fail")]
     assert [v.extracted_answer for v in verdicts[:3]] == [None, None, "5"]

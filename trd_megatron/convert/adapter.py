@@ -3,6 +3,7 @@
 import pickle
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ def read_factors(checkpoint: Path) -> dict[str, torch.Tensor]:
             for name, entry in metadata.items()
             if _FACTOR.fullmatch(name) and isinstance(entry, dcp.metadata.TensorStorageMetadata)
         }
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is wanted
+            dcp.load(state, storage_reader=reader, no_dist=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, dcp.CheckpointException) as error:
         raise UserError(f"checkpoint {checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
     if not state:

@@ -1,6 +1,6 @@
 """The name table between Hugging Face checkpoints and Megatron's GPTModel, and how each tensor is cut over ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,12 +62,12 @@ def expected_shapes(entry: Entry, architecture: Architecture) -> list[tuple[int,
     return [(a.head_dim if tail[0] in ("q_layernorm", "k_layernorm") else a.hidden_size,)]
 
 
-def fuse_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: int, dim: int = 0) -> torch.Tensor:
-    """Interleaves by query group: for each group its query heads, its key head, its value head. `groups` are those in q, k, v.
+def fuse_qkv(qkv: Sequence[torch.Tensor], groups: int, dim: int = 0) -> torch.Tensor:
+    """Interleaves by query group: for each group its query heads, its key head, its value head. `groups` are those in qkv = (q, k, v).
 
     `dim` is the dimension of the heads: 0 for weights and biases, -1 for activations.
     """
-    parts = [t.unflatten(dim, (groups, t.shape[dim] // groups)) for t in (q, k, v)]
+    parts = [t.unflatten(dim, (groups, t.shape[dim] // groups)) for t in qkv]
     inner = dim if dim < 0 else dim + 1
     return torch.cat(parts, dim=inner).flatten(*((inner - 1, inner) if dim < 0 else (dim, dim + 1)))
 
@@ -84,5 +84,5 @@ def shard(entry: Entry, tensors: list[torch.Tensor], architecture: Architecture,
         return tensors[0].chunk(size, dim=1)[rank]
     parts = [tensor.chunk(size, dim=0)[rank] for tensor in tensors]
     if entry.kind == "qkv":
-        return fuse_qkv(*parts, groups=architecture.num_query_groups // size)
+        return fuse_qkv(parts, groups=architecture.num_query_groups // size)
     return torch.cat(parts)  # gate_up

@@ -28,9 +28,7 @@ def load_arithmetic(train_size: int, test_size: int, seed: int) -> Iterator[dict
     if min(train_size, test_size, seed) < 0:
         raise UserError(f"train_problems={train_size}, test_problems={test_size}, seed={seed}: none of them may be negative")
     if train_size + test_size > DISTINCT:
-        raise UserError(
-            f"{train_size} training and {test_size} test problems are wanted, but there are {DISTINCT}: ask for fewer"
-        )
+        raise UserError(f"{train_size} training and {test_size} test problems are wanted, but there are {DISTINCT}: ask for fewer")
     try:
         import reasoning_gym
     except ImportError:

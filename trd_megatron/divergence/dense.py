@@ -15,9 +15,7 @@ def dense_kl(student_logits: Tensor, teacher_logits: Tensor, divergence: Diverge
     counts for nothing and gets gradient 0. Raises ValueError when the shapes differ.
     """
     if student_logits.shape != teacher_logits.shape or student_logits.dim() != 2:
-        raise ValueError(
-            f"student_logits {list(student_logits.shape)} and teacher_logits {list(teacher_logits.shape)} must both be [T, V]"
-        )
+        raise ValueError(f"student_logits {list(student_logits.shape)} and teacher_logits {list(teacher_logits.shape)} must both be [T, V]")
     if divergence.top_k is not None:
         ids = top_k_ids(teacher_logits.detach(), min(divergence.top_k, teacher_logits.shape[1]))
         student_logits, teacher_logits = student_logits.gather(1, ids), teacher_logits.gather(1, ids)

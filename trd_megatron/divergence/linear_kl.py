@@ -99,9 +99,7 @@ def _check_tensors(
 ) -> None:
     for name, hidden, weight in (("student", student_hidden, student_weight), ("teacher", teacher_hidden, teacher_weight)):
         if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-            raise ValueError(
-                f"{name}_hidden {list(hidden.shape)} and {name}_weight {list(weight.shape)} must be [T, H] and [V_local, H]"
-            )
+            raise ValueError(f"{name}_hidden {list(hidden.shape)} and {name}_weight {list(weight.shape)} must be [T, H] and [V_local, H]")
         if hidden.dtype != weight.dtype:
             raise ValueError(f"{name}_hidden is {hidden.dtype} and {name}_weight {weight.dtype}; they must be of one dtype")
     if student_hidden.shape[0] != teacher_hidden.shape[0]:

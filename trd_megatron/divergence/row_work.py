@@ -80,9 +80,7 @@ class Buffers:
             yield slice(start, min(start + self.block, tokens))
 
 
-def chunk_rows(
-    student: Tensor, teacher: Tensor, weights: Tensor, results: Tensor, start: int, buffers: Buffers, job: Job
-) -> None:
+def chunk_rows(student: Tensor, teacher: Tensor, weights: Tensor, results: Tensor, start: int, buffers: Buffers, job: Job) -> None:
     """Fills results [5, c] and, when a gradient is wanted, turns student's logits [c, V] into d loss / d student logits.
 
     results: per_token, unclipped, student_logprob, teacher_logprob, teacher_set_mass (the last three only when asked for).

@@ -119,9 +119,7 @@ class LocalEngine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _generate_shard(
-        self, shard: list[Request], sampling: SamplingParams, on_tokens: Callable[[int], None]
-    ) -> list[Generation]:
+    def _generate_shard(self, shard: list[Request], sampling: SamplingParams, on_tokens: Callable[[int], None]) -> list[Generation]:
         for request in shard:
             self._check_prompt(request.prompt_ids, sampling.max_new_tokens)
         # Longest first: a batch that does not fit in memory fails at the start. Equal prompts become neighbours.
@@ -147,9 +145,7 @@ class LocalEngine:
             )
 
     @torch.inference_mode()
-    def _decode(
-        self, requests: Sequence[Request], sampling: SamplingParams, on_tokens: Callable[[int], None]
-    ) -> list[Generation]:
+    def _decode(self, requests: Sequence[Request], sampling: SamplingParams, on_tokens: Callable[[int], None]) -> list[Generation]:
         """One batch from prefill to the end of its last row."""
         ids: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
@@ -236,9 +232,7 @@ def load_model(model_path: str | Path, dtype: torch.dtype) -> Any:
         raise UserError(f"{path} is not a Hugging Face model folder (no config.json)")
     loader: Any = AutoModelForCausalLM
     try:
-        model, info = loader.from_pretrained(
-            path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
+        model, info = loader.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"the model in {path} cannot be loaded: {reason[:300]}") from error
@@ -247,9 +241,7 @@ def load_model(model_path: str | Path, dtype: torch.dtype) -> Any:
         raise UserError(f"the model in {path} lacks {len(missing)} weights or has them in another shape, such as {missing[0]}")
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-        raise UserError(
-            f"engine=local cannot run model type {model.config.model_type} (special attention cache): use engine=sglang"
-        )
+        raise UserError(f"engine=local cannot run model type {model.config.model_type} (special attention cache): use engine=sglang")
     return model
 
 

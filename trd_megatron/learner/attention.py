@@ -33,8 +33,6 @@ class SegmentedAttention(MegatronModule):
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
         outputs = [
             scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            for q, k, v in zip(
-                *(tensor.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for tensor in (query, key, value)), strict=True
-            )
+            for q, k, v in zip(*(tensor.transpose(0, 1).unsqueeze(0).split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
         ]
         return torch.cat(outputs, dim=2).squeeze(0).transpose(0, 1).flatten(1)

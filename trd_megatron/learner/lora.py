@@ -86,7 +86,7 @@ class AdaptedLinear(torch.nn.Module):
             inner = self._exchange(inner)
         outer = [torch.nn.functional.linear(part, b) for part, b in zip(inner.chunk(len(self.b), -1), self.b, strict=True)]
         if self.kind == "linear_qkv":
-            update = fuse_qkv(*outer, groups=self.architecture.num_query_groups // self.parallel.tp_size, dim=-1)
+            update = fuse_qkv(outer, groups=self.architecture.num_query_groups // self.parallel.tp_size, dim=-1)
         else:
             update = torch.cat(outer, dim=-1)
         return output + (self.scale * update).to(output.dtype), bias

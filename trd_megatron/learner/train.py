@@ -190,5 +190,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if line.endswith("\n"):
             lines.append(json.loads(line))
     return lines
-
-

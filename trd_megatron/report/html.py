@@ -24,9 +24,7 @@ DASH = "—"
 
 def visible(text: str) -> str:
     """`text` with every character that cannot be seen, or that changes how others are shown, as ⟨U+XXXX⟩; \\n and \\t stay."""
-    return "".join(
-        char if char in "\n\t" or unicodedata.category(char) not in HIDDEN else f"⟨U+{ord(char):04X}⟩" for char in text
-    )
+    return "".join(char if char in "\n\t" or unicodedata.category(char) not in HIDDEN else f"⟨U+{ord(char):04X}⟩" for char in text)
 
 
 def cut(text: str) -> str:

@@ -71,6 +71,6 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
             progress.advance(metrics["step"] if first else 1)
             first = False
             progress.tokens(metrics["response_tokens"])
-            progress.note(f"kl {metrics['kl']:.4f}  grad {metrics['grad_norm']:.3f}")
+            progress.note(f"kl {metrics['kl']:.4f}")
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return summary | {f"left_out_{name}": count for name, count in left_out.items()}

@@ -221,9 +221,7 @@ class MathVerifier:
             yield from self._verify(iter(items))
         finally:
             self._in_use = False
-            for (
-                worker
-            ) in self._workers:  # where the caller or an item stopped us: an answer still to come must not meet the next item
+            for worker in self._workers:  # where the caller or an item stopped us: an answer still to come must not meet the next item
                 if worker.item is not None:
                     worker.kill()
 
@@ -279,9 +277,7 @@ _shared_owner = 0  # process id: after a fork the child must not talk through it
 _shared_lock = threading.Lock()
 
 
-def verify_math(
-    response: str, answer: str, answer_type: str | None = None, check_values: Any = None, timeout_s: float = 10
-) -> Verdict:
+def verify_math(response: str, answer: str, answer_type: str | None = None, check_values: Any = None, timeout_s: float = 10) -> Verdict:
     r"""Grades one response; keeps one worker alive between calls. Thread-safe, one item at a time: MathVerifier is for many.
 
     response      text of the model; the last \boxed{} (after the last `</think>`) is its answer

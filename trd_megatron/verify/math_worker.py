@@ -121,9 +121,7 @@ def main() -> None:
         import math_verify
         import sympy.parsing.sympy_parser
 
-        math_verify.verify(
-            math_verify.parse(r"\boxed{1}", parsing_timeout=None), [], timeout_seconds=None
-        )  # compiles the patterns
+        math_verify.verify(math_verify.parse(r"\boxed{1}", parsing_timeout=None), [], timeout_seconds=None)  # compiles the patterns
     except Exception as error:
         replies.write(json.dumps({"ready": False, "detail": describe(error)}) + "\n")
         sys.exit(1)

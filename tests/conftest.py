@@ -9,6 +9,7 @@ import pytest
 _cache = tempfile.TemporaryDirectory(prefix="trd-test-cache-")
 os.environ["TRD_CACHE"] = _cache.name  # before anything starts a child process
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads that wait for each other cost more than they bring
 
 
 @pytest.fixture(scope="session", autouse=True)

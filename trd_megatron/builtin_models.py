@@ -7,7 +7,6 @@ machine once and cached under $TRD_CACHE/models (default ~/.cache/trd_megatron/m
 import hashlib
 import importlib.util
 import json
-import logging
 import os
 import re
 import shutil
@@ -25,8 +24,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from trd_megatron.errors import UserError
-
-log = logging.getLogger(__name__)
+from trd_megatron.progress import console
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]  # no pickle (.bin, .pt) and no code (.py)
@@ -53,11 +51,11 @@ TINY_STUDENT = TINY | {"hidden_size": 48, "num_hidden_layers": 2, "tie_word_embe
 TINY_TEACHER = TINY | {"hidden_size": 64, "num_hidden_layers": 3, "tie_word_embeddings": False, "seed": 2}
 
 
-def resolve_model(path: str) -> Path:
+def resolve_model(path: str, *, download: bool = True) -> Path:
     """The folder of a model in Hugging Face layout: config.json, *.safetensors and a tokenizer, all present.
 
     `path` is a local folder (returned as it is), `builtin:NAME` (made and cached at first use) or a hub id
-    (downloaded to the hub's cache: weights in safetensors, JSON and tokenizer files only).
+    (downloaded to the hub's cache: weights in safetensors, JSON and tokenizer files only; with download False it must lie there).
 
     Raises UserError that names what is missing and the way out.
     """
@@ -70,8 +68,10 @@ def resolve_model(path: str) -> Path:
     if folder.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
         return _checked(folder)
     try:
-        return _checked(Path(snapshot_download(path, allow_patterns=DOWNLOADED)))
+        return _checked(Path(snapshot_download(path, allow_patterns=DOWNLOADED, local_files_only=not download)))
     except (HTTPError, HFValidationError, OSError) as error:
+        if not download:
+            raise UserError(f"model {path} is not in the hub's cache yet: `trd run` downloads it at its start") from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"model {path}: there is no such folder, and it did not come from the Hugging Face hub ({reason}); "
@@ -178,7 +178,7 @@ def _smollm2(name: str) -> Path:
 
 def _convert_gguf(file: Path, folder: Path) -> None:
     """Writes the model in a GGUF file as float32 safetensors with its tokenizer and chat template."""
-    log.info("converting %s to safetensors, once (about half a minute)", file.name)
+    console.print(f"converting {file.name} to safetensors, once (about half a minute)", highlight=False)
     loader: Any = AutoModelForCausalLM
     quantized = loader.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     # What was loaded counts as quantised and cannot be saved, so its weights go into a plain model of the same shape.

@@ -51,6 +51,9 @@ def _settings_line(config: Config, stage: str) -> str:
 def tables(config: Config) -> Iterator[RenderableType]:
     """Stages and their state; sizes, memory and disk. Raises UserError as the run itself would."""
     run_dir = RunDir(config.run_dir, config.name)
+    for path in (config.model.path, config.teacher.path):
+        if path is not None:
+            resolve_model(path, download=False)
     preflight.check(config)
     stages = Table("stage", "state", "works with", title=f"{config.name} in {run_dir.path}")
     for stage, folder in folders(config, run_dir):

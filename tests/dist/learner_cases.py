@@ -12,7 +12,7 @@ from trd_megatron.learner import cpu
 from trd_megatron.learner.model import Model
 from trd_megatron.learner.packing import Sample, pack
 from trd_megatron.learner.parallel import Parallel, setup
-from trd_megatron.learner.train import Trainer, train
+from trd_megatron.learner.train import NonFiniteError, Trainer, train
 
 Case = tuple[str, Config, list[Sample], Path, Path | None]
 
@@ -50,6 +50,22 @@ def _three_steps(case: Case, place: Layout, changes: dict[str, Any]) -> list[tup
         sums, norm = trainer.update(batch, 1e-2)
         rows.append((sums.loss / sums.tokens, sums.kl / sums.tokens, norm, trainer.held_out_kl(samples[-4:])))
     return rows
+
+
+def poisoned(rank: int, case: Case, place: Layout) -> tuple[str, bool]:
+    """One update with a NaN in one adapter: (the error's message, whether the other weights were left alone)."""
+    _, config, samples, student, teacher = case
+    config = layout(config, *place)
+    trainer = Trainer(config, student, teacher, start(config.learner))
+    with torch.no_grad():
+        trainer.factors[0].parameter[0, 0] = float("nan")
+    before = [factor.parameter.clone() for factor in trainer.factors]
+    try:
+        trainer.update(samples[:3], 1e-2)
+    except NonFiniteError as error:
+        kept = all(torch.equal(a.nan_to_num(7), f.parameter.nan_to_num(7)) for a, f in zip(before, trainer.factors, strict=True))
+        return str(error), kept and all(factor.parameter.grad is None for factor in trainer.factors)
+    return "", False
 
 
 def train_in(rank: int, case: Case, runs: list[tuple[Path, Layout]]) -> list[dict[str, Any]]:

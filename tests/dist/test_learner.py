@@ -147,6 +147,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_on_any_layout(tmp_path: Path)
         assert [line["step"] for line in lines] == [1, 2, 3, 4]
 
 
+def test_a_loss_that_is_not_finite_stops_before_the_update_on_every_rank(tmp_path: Path) -> None:
+    case = loop_case(tmp_path)
+    for message, untouched in run_ranks(2, cases.poisoned, case, PAIRS[1]):
+        assert "not finite, nothing was updated; samples: p0/0, p1/0, p2/0" in message
+        assert untouched
+
+
 def test_training_lowers_the_held_out_kl(tmp_path: Path) -> None:
     case = loop_case(tmp_path, epochs=6)
     (tmp_path / "run").mkdir()

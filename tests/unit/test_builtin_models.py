@@ -84,7 +84,8 @@ def test_an_unknown_builtin_name_lists_the_known_ones():
 def test_a_hub_id_downloads_safetensors_and_tokenizer_files_only(folder, monkeypatch):
     asked = {}
 
-    def download(repo_id: str, allow_patterns: list[str]) -> str:
+    def download(repo_id: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        assert not local_files_only
         asked[repo_id] = allow_patterns
         return str(folder)
 
@@ -256,3 +257,9 @@ def test_the_fingerprint_changes_with_what_matters(folder):
     weights.rename(folder / "renamed.safetensors")
     seen.add(model_fingerprint(folder))
     assert len(seen) == 8
+
+
+def test_without_download_a_hub_model_must_be_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="owner/name is not in the hub's cache yet"):
+        resolve_model("owner/name", download=False)

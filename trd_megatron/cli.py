@@ -101,8 +101,8 @@ def _result(stage: str, counts: dict[str, Any]) -> str:
         before, after = counts["kl_fixed_batch_before"], counts["kl_fixed_batch_after"]
         change = f" ({100 * (after / before - 1):+.1f} %)" if before else ""
         return f"{counts['steps']} steps, held-out KL {before:.4f} -> {after:.4f}{change}"
-    if stage == "export":
-        return f"step {counts['step']}, {counts['adapter_parameters']:,} adapter parameters merged"
+    if stage.startswith("export"):
+        return f"step {counts['step']}, {counts['adapter_parameters']:,} adapter parameters{' merged' if stage == 'export/hf' else ''}"
     if stage.startswith("evaluate"):
         return "; ".join(f"{name}: Avg@{c['k']} {c['avg_at_k']:.1f}, Pass@{c['k']} {c['pass_at_k']:.1f}" for name, c in counts.items())
     return ", ".join(f"{key} {value}" for key, value in counts.items())

@@ -31,6 +31,7 @@ class Stage:
     reads_student: bool = False
     reads_teacher: bool = False
     reads_benchmarks: bool = False
+    kept: bool = True  # in stale/, when it was made with other settings
 
     @property
     def group(self) -> str:
@@ -48,10 +49,11 @@ STAGES = (
         "train", "train", train.run, ("learner", "method", "mode", "teacher", "refine", "data.prompt_format", "seed"),
         ("rollout", "refine"), reads_student=True, reads_teacher=True,
     ),
-    Stage("export", "hf", export.run, ("export",), ("train",), reads_student=True),
+    Stage("export/adapter", "adapter", export.run_adapter, ("export", "learner.lora"), ("train",)),
+    Stage("export/hf", "hf", export.run_merged, ("export", "learner.lora"), ("train",), reads_student=True),
     Stage("evaluate/base", "eval/base", evaluate.run_base, ("evaluate", *_PROMPT), ("prepare",), reads_student=True, reads_benchmarks=True),
-    Stage("evaluate/student", "eval/student", evaluate.run_student, ("evaluate", *_PROMPT), ("export",), reads_benchmarks=True),
-    Stage("report", "report", report.run, ("name",), ("rollout", "refine", "train", "evaluate/base", "evaluate/student")),
+    Stage("evaluate/student", "eval/student", evaluate.run_student, ("evaluate", *_PROMPT), ("export/hf",), reads_benchmarks=True),
+    Stage("report", "report", report.run, ("name",), ("rollout", "refine", "train", "evaluate/base", "evaluate/student"), kept=False),
 )  # fmt: skip
 GROUPS = tuple(dict.fromkeys(stage.group for stage in STAGES))
 
@@ -102,6 +104,7 @@ def folders(config: Config, run_dir: RunDir) -> Iterator[tuple[Stage, StageFolde
             run_dir.path / stage.folder,
             _settings(config, stage.settings),
             inputs | _outside(config, stage),
+            stage.kept,
         )
         fingerprints[stage.name] = folder.fingerprint
         yield stage, folder
@@ -148,6 +151,8 @@ def run(
                     raise
                 folder.close(manifest, counts, time.monotonic() - started)
             done.add(stage.name)
+            if stage.group == "evaluate":
+                evaluate.write_summary(run_dir)
             on_stage(stage, manifest, skipped)
             if until is not None and stage.group == until and not any(s.group == until and s.name not in done for s, _ in todo):
                 return

@@ -43,7 +43,8 @@ def _settings_line(config: Config, stage: str) -> str:
         "refine": f"by {config.teacher.path or 'the student itself'}, up to {config.refine.max_response_tokens} tokens",
         "train": f"{config.method.name}, TP {learner.tensor_model_parallel_size} x DP {learner.data_parallel_size}, "
         f"{learner.dtype} on {learner.device}, {learner.global_batch_size} sequences a step",
-        "export": f"checkpoint {config.export.checkpoint}",
+        "export/adapter": f"checkpoint {config.export.checkpoint}, as a PEFT adapter",
+        "export/hf": f"checkpoint {config.export.checkpoint}, merged",
         "report": "report.html, report.json",
     }.get(stage, f"{', '.join(config.evaluate.benchmarks)}, {config.evaluate.samples} samples a problem")
 

@@ -166,8 +166,9 @@ def read_config(path: Path) -> dict[str, Any]:
 class StageFolder:
     """One stage's folder while the stage works on it: opened with the wanted fingerprint, closed with the counts."""
 
-    def __init__(self, run: RunDir, stage: str, folder: Path, settings: dict[str, Any], inputs: dict[str, str]) -> None:
-        self.run, self.stage, self.folder, self.settings, self.inputs = run, stage, folder, settings, inputs
+    def __init__(self, run: RunDir, stage: str, folder: Path, settings: dict[str, Any], inputs: dict[str, str], kept: bool = True) -> None:
+        """kept False: what was made otherwise is not parked in stale/ but made anew each time."""
+        self.run, self.stage, self.folder, self.settings, self.inputs, self.kept = run, stage, folder, settings, inputs, kept
         self.fingerprint = digest({"stage": stage, "settings": settings, "inputs": inputs})
 
     def state(self) -> str:
@@ -194,6 +195,8 @@ class StageFolder:
             shutil.rmtree(target, ignore_errors=True)
             target.parent.mkdir(parents=True, exist_ok=True)
             self.folder.rename(target)
+            if not self.kept:
+                shutil.rmtree(target)
             manifest = None
         if manifest is None:
             parked = self._parked(self.fingerprint)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-FOLDERS = ("problems", "rollouts", "refined", "train", "hf", "eval/base", "eval/student", "report")
+FOLDERS = ("problems", "rollouts", "refined", "train", "adapter", "hf", "eval/base", "eval/student", "report")
 SMALL_SHARDS = ("rollout.shard_size=2", "refine.shard_size=2", "evaluate.shard_size=1")
 
 
@@ -122,11 +122,15 @@ def test_a_changed_setting_runs_what_depends_on_it_and_nothing_else(copy: Path) 
     ids = content(copy)
     trd(copy, *SMALL_SHARDS, "learner.learning_rate=2e-3")
     after = finished(copy)
-    assert {folder for folder in FOLDERS if after[folder] != before[folder]} == {"train", "hf", "eval/student", "report"}
+    assert {folder for folder in FOLDERS if after[folder] != before[folder]} == {"train", "adapter", "hf", "eval/student", "report"}
     assert content(copy)["metrics"] != ids["metrics"]
-    trd(copy, *SMALL_SHARDS)  # the old setting: nothing is made again, it comes back from stale/
-    assert finished(copy) == before
+    report = (copy / "report.html").read_text()
+    trd(copy, *SMALL_SHARDS)  # the old setting: nothing but the report is made again, all else comes back from stale/
+    again = finished(copy)
+    assert {folder for folder in FOLDERS if again[folder] != before[folder]} <= {"report"}
     assert content(copy) == ids
+    assert (copy / "report.html").read_text() != report
+    assert json.loads((copy / "eval/summary.json").read_text())["student"] == manifest(copy, "eval/student")["counts"]
 
 
 def test_the_layout_is_no_reason_to_run_again(copy: Path) -> None:
@@ -140,7 +144,7 @@ def test_a_baseline_needs_no_refinement(copy: Path) -> None:
     result = trd(copy, *SMALL_SHARDS, "method=reverse_kl_topk", "learner.tensor_model_parallel_size=2")
     assert "refine" not in result.stderr
     after = finished(copy)
-    assert {folder for folder in FOLDERS if after[folder] != before[folder]} == {"train", "hf", "eval/student", "report"}
+    assert {folder for folder in FOLDERS if after[folder] != before[folder]} == {"train", "adapter", "hf", "eval/student", "report"}
 
 
 def test_opd_with_another_teacher(tmp_path: Path) -> None:
@@ -170,6 +174,7 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
     "rollouts": lambda run: (run / "rollouts/part-00003.parquet").exists(),
     "refined": lambda run: (run / "refined/part-00003.parquet").exists(),
     "train": lambda run: (run / "train/checkpoints/step_2").exists(),
+    "adapter": lambda run: _begun(run, "adapter"),
     "hf": lambda run: _begun(run, "hf"),
     "eval/base": lambda run: (run / "eval/base/.test.parts/part-00001.parquet").exists(),
     "eval/student": lambda run: (run / "eval/student/.test.parts/part-00001.parquet").exists(),

@@ -62,7 +62,7 @@ def test_plan_of_a_new_run_and_status_of_none(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = trd("plan", "experiment=smoke", f"run_dir={tmp_path / 'r'}", "--show-sample", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0
-    assert out.count("would run") == 8
+    assert out.count("would run") == 9
     assert "58,752 parameters" in out
     assert "|W|h|a|t" in out
     assert not (tmp_path / "r").exists()  # a plan leaves nothing behind
@@ -74,7 +74,7 @@ def test_plan_of_a_new_run_and_status_of_none(monkeypatch: pytest.MonkeyPatch, c
 def test_wrong_keys(refused) -> None:  # type: ignore[no-untyped-def]
     assert refused("learner.lr=1").startswith("error: unknown key learner.lr: did you mean")
     assert "no stage 'trian': stages are prepare, rollout" in refused("--until", "trian")
-    assert "stage export reads train, which is not done" in refused("--only", "export")
+    assert "stage export/adapter reads train, which is not done" in refused("--only", "export")
 
 
 def test_wrong_data(refused, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -50,16 +50,20 @@ def load(path: Path) -> list[dict[str, Any]]:
     for name in REQUIRED:
         if rows and name not in columns:
             raise UserError(f"{path} has no column '{name}'; it has: {', '.join(sorted(columns))}")
-    problems = []
+    problems: list[dict[str, Any]] = []
+    seen: set[str] = set()
     for number, row in enumerate(rows):
         if not isinstance(row.get("problem"), str) or not row["problem"].strip():
             raise UserError(f"{path}: row {number} has no problem text")
         answer = row.get("answer")
         if answer is None or not str(answer).strip():
             raise UserError(f"{path}: row {number} has no answer ('{row['problem'][:40]}')")
-        problem = {name: None if row.get(name) is None else str(row[name]) for name in OPTIONAL}
+        problem: dict[str, Any] = {name: None if row.get(name) is None else str(row[name]) for name in OPTIONAL}
         problem |= {"problem": row["problem"], "answer": str(answer)}
         problem["problem_id"] = problem["problem_id"] or f"{path.stem}-{number}"
         problem["source"] = problem["source"] or path.name
+        if problem["problem_id"] in seen:
+            raise UserError(f"{path}: problem_id '{problem['problem_id']}' occurs twice")
+        seen.add(problem["problem_id"])
         problems.append(problem)
     return problems

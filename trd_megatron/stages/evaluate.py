@@ -1,6 +1,5 @@
 """Avg@k and Pass@k of the base model and of the trained student on the same problems, with the same seeds."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from trd_megatron.config import Config, benchmark_name
 from trd_megatron.data import parquet
 from trd_megatron.evaluate import avg_at_k, pass_at_k
 from trd_megatron.records import PROBLEM, TRAJECTORY
-from trd_megatron.run_dir import RunDir, read_parquet, read_shards, write_json, write_parquet
+from trd_megatron.run_dir import Manifest, RunDir, read_parquet, read_shards, write_json, write_parquet
 from trd_megatron.stages import prepare
 from trd_megatron.stages.generate import counts, generate
 from trd_megatron.stages.rollout import student_tasks
@@ -47,7 +46,6 @@ def _run(config: Config, run_dir: RunDir, folder: Path, model: Path, name: str) 
         shutil.rmtree(parts, ignore_errors=True)
         rows = read_parquet(target, TRAJECTORY)
         figures[target.stem] = scores(rows) | counts(rows) | {"skipped_over_budget": skipped}
-    _write_summary(run_dir, folder.name, figures)
     return figures
 
 
@@ -66,8 +64,8 @@ def scores(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _write_summary(run_dir: RunDir, model: str, figures: dict[str, Any]) -> None:
-    """eval/summary.json: model -> benchmark -> figures, of the models evaluated so far."""
-    path = run_dir.eval / "summary.json"
-    summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    write_json(path, summary | {model: figures})
+def write_summary(run_dir: RunDir) -> None:
+    """eval/summary.json: model -> benchmark -> figures, from the manifests of the models evaluated so far."""
+    manifests = {name: Manifest.read(run_dir.eval / name) for name in ("base", "student")}
+    done = {name: manifest.counts for name, manifest in manifests.items() if manifest is not None and manifest.status == "done"}
+    write_json(run_dir.eval / "summary.json", done)

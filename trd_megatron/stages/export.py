@@ -1,8 +1,9 @@
 """Stage 4: the chosen checkpoint's adapter, as a PEFT folder (adapter/) and merged into the student (hf/)."""
 
-import shutil
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from trd_megatron.builtin_models import resolve_model
 from trd_megatron.config import Config
@@ -29,12 +30,22 @@ def choose_step(folder: Path, wanted: str) -> int:
     return int(wanted)
 
 
-def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
-    base = resolve_model(config.model.path)
+def _factors(config: Config, run_dir: RunDir) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(the chosen step's LoRA factors, figures for the manifest)"""
     step = choose_step(run_dir.checkpoints, config.export.checkpoint)
     factors = adapter.read_factors(checkpoints.step_folder(run_dir.checkpoints, step))
+    return factors, {"step": step, "adapter_parameters": sum(t.numel() for t in factors.values())}
+
+
+def run_adapter(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
+    factors, figures = _factors(config, run_dir)
     lora = config.learner.lora
-    shutil.rmtree(run_dir.adapter, ignore_errors=True)
-    adapter.write_peft(factors, lora.rank, lora.alpha, config.model.path, run_dir.adapter)
-    adapter.merge(base, factors, lora.alpha / lora.rank, folder)
-    return {"step": step, "adapter_parameters": sum(t.numel() for t in factors.values())}
+    adapter.write_peft(factors, lora.rank, lora.alpha, config.model.path, folder)
+    return figures
+
+
+def run_merged(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
+    factors, figures = _factors(config, run_dir)
+    lora = config.learner.lora
+    adapter.merge(resolve_model(config.model.path), factors, lora.alpha / lora.rank, folder)
+    return figures

@@ -39,11 +39,6 @@ def load(config: Config) -> list[dict[str, Any]]:
     problems = parquet.load(path) if data.source == "file" and path else deepscaler.load(path)
     if not problems:
         raise UserError(f"{data.path or data.source} holds no problems")
-    seen: set[str] = set()
-    for problem in problems:
-        if problem["problem_id"] in seen:
-            raise UserError(f"{data.path or data.source}: problem_id '{problem['problem_id']}' occurs twice")
-        seen.add(problem["problem_id"])
     return split(problems, data.train_problems, data.test_problems, config.seed)
 
 

@@ -138,12 +138,11 @@ def report(run_path: RunPath) -> None:
     """Write report.html and report.json of a run anew from what lies there."""
     from trd_megatron.config import from_dict
     from trd_megatron.run_dir import RunDir, read_config
-    from trd_megatron.stages import report as stage
 
     config = from_dict(read_config(run_path))
-    run_dir = RunDir(run_path, config.name)
-    with run_dir.lock():
-        stage.run(config, run_dir, run_dir.report)
+    from trd_megatron import pipeline
+
+    pipeline.run(config, RunDir(run_path, config.name), only="report", again=True)
     console.print(f"report: {run_path / 'report.html'}", highlight=False)
 
 

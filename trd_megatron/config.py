@@ -142,8 +142,8 @@ class LearnerConfig:
     lora: LoraConfig = opt(LoraConfig, "Adapters.")
     held_out_samples: int = opt(64, "Trajectories never trained on; their KL is train/summary.json's fixed batch.")
     eval_interval: int = opt(20, "Steps between held-out KL measurements.")
-    checkpoint_interval: int = opt(20, "Steps between checkpoints; the last step is always one.", layout=True)
-    keep_checkpoints: int = opt(4, "Checkpoints kept, the best (held-out KL) and the last always among them.", layout=True)
+    checkpoint_interval: int = opt(20, "Steps between checkpoints; the last step is always one.")
+    keep_checkpoints: int = opt(4, "Checkpoints kept, the best (held-out KL) and the last always among them.")
 
 
 @dataclass
@@ -238,7 +238,8 @@ def load(overrides: Sequence[str]) -> Config:
 
     Raises UserError with one line that names the key and the nearest valid one.
     """
-    chosen, values = [], {}
+    chosen: list[str] = []
+    values: dict[str, Any] = {}
     group_names = groups()
     for text in overrides:
         if "=" not in text:
@@ -250,7 +251,11 @@ def load(overrides: Sequence[str]) -> Config:
         key = override.key_or_group
         if override.is_delete() or override.is_add():
             raise UserError(f"'{text}': write key=value; keys are neither added nor deleted")
+        if override.package is not None:
+            raise UserError(f"'{text}': write group=option, without a package")
         if key in group_names:
+            if any(earlier.startswith(f"{key}=") for earlier in chosen):
+                raise UserError(f"{key} is given twice: keep one")
             if str(override.value()) not in options(key):
                 nearest = difflib.get_close_matches(str(override.value()), options(key), n=1)
                 hint = f"did you mean {nearest[0]}? " if nearest else ""
@@ -264,7 +269,10 @@ def load(overrides: Sequence[str]) -> Config:
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
-        composed = compose("config", overrides=chosen)
+        try:
+            composed = compose("config", overrides=chosen)
+        except HydraException as error:
+            raise UserError(f"the files in {conf_dir()} do not compose: {_one_line(error)}") from None
     return _build(OmegaConf.to_container(composed), values)
 
 
@@ -321,9 +329,15 @@ POSITIVE = (
 )  # fmt: skip
 OPTIONAL_POSITIVE = ("data.train_problems", "learner.max_steps", "method.divergence.top_k", "method.divergence.clip")
 UNIT_INTERVAL = (
-    "rollout.top_p", "refine.top_p", "evaluate.top_p",
-    "learner.warmup_ratio", "learner.min_learning_rate_ratio", "learner.adam_beta1", "learner.adam_beta2",
-)  # fmt: skip
+    "rollout.top_p",
+    "refine.top_p",
+    "evaluate.top_p",
+    "learner.warmup_ratio",
+    "learner.min_learning_rate_ratio",
+    "learner.adam_beta1",
+    "learner.adam_beta2",
+)
+RESERVED_KWARGS = ("conversation", "tokenize", "add_generation_prompt", "chat_template", "return_dict", "return_tensors")  # fmt: skip
 
 
 def check(config: Config) -> None:
@@ -349,9 +363,16 @@ def check(config: Config) -> None:
     for section in ("rollout", "refine", "evaluate"):
         if get(config, f"{section}.temperature") < 0:
             raise UserError(f"{section}.temperature must be 0 (greedy) or above")
+        if get(config, f"{section}.top_p") == 0:
+            raise UserError(f"{section}.top_p=0: must be above 0 (temperature 0 is greedy)")
         top_k = get(config, f"{section}.top_k")
         if top_k < 1 and top_k != -1:
             raise UserError(f"{section}.top_k={top_k}: must be at least 1, or -1 for the whole vocabulary")
+
+    for role in ("student", "teacher"):
+        for name in get(config, f"{role}.chat_template_kwargs"):
+            if name in RESERVED_KWARGS:
+                raise UserError(f"{role}.chat_template_kwargs.{name} is not the template's but ours: leave it out")
 
     if config.mode == "opd" and config.teacher.path is None:
         raise UserError("mode=opd needs a teacher: set teacher.path, or mode=opsd")
@@ -385,7 +406,14 @@ def check(config: Config) -> None:
     if learner.lora.rank < 1:
         raise UserError("learner.lora.rank must be at least 1")
     divergence = config.method.divergence
-    if divergence.kind == "jsd" and (divergence.top_k is not None or not 0 < divergence.beta < 1):
-        raise UserError("method.divergence.kind=jsd needs method.divergence.top_k=null and 0 < method.divergence.beta < 1")
+    if not 0 < divergence.beta < 1:
+        raise UserError(f"method.divergence.beta={divergence.beta}: must lie between 0 and 1, both excluded")
+    if divergence.kind == "jsd" and divergence.top_k is not None:
+        raise UserError("method.divergence.kind=jsd needs method.divergence.top_k=null")
+    for key in ("learner.adam_beta1", "learner.adam_beta2"):
+        if get(config, key) == 1:
+            raise UserError(f"{key}=1: must be below 1")
+    if learner.weight_decay < 0:
+        raise UserError(f"learner.weight_decay={learner.weight_decay}: must be 0 or above")
     if config.export.checkpoint not in ("last", "best") and not config.export.checkpoint.isdigit():
         raise UserError(f"export.checkpoint={config.export.checkpoint}: must be last, best or a step number")

@@ -39,6 +39,7 @@ class Stage:
         return self.name.split("/")[0]
 
 
+_TEACHER_PROMPT = ("refine.max_prompt_tokens", "refine.max_reference_tokens", "refine.initial_solution")
 _PROMPT = ("data.prompt_format", "student", "seed", "engine", "verify")
 STAGES = (
     Stage("prepare", "problems", prepare.run, ("data.source", "data.train_problems", "data.test_problems", "task", "seed"),
@@ -46,7 +47,7 @@ STAGES = (
     Stage("rollout", "rollouts", rollout.run, ("rollout", *_PROMPT), ("prepare",), reads_student=True),
     Stage("refine", "refined", refine.run, ("refine", "mode", "teacher", *_PROMPT), ("rollout",), reads_teacher=True),
     Stage(
-        "train", "train", train.run, ("learner", "method", "mode", "teacher", "refine", "data.prompt_format", "seed"),
+        "train", "train", train.run, ("learner", "method", "mode", "teacher", "data.prompt_format", "seed", *_TEACHER_PROMPT),
         ("rollout", "refine"), reads_student=True, reads_teacher=True,
     ),
     Stage("export/adapter", "adapter", export.run_adapter, ("export", "learner.lora"), ("train",)),
@@ -116,24 +117,30 @@ def run(
     *,
     until: str | None = None,
     only: str | None = None,
+    again: bool = False,
     on_stage: Callable[[Stage, Manifest, bool], None] = lambda stage, manifest, skipped: None,
 ) -> None:
     """Runs what is not done yet, in order. until: stop after this stage. only: this stage alone, its inputs must be done.
+    again: also where it is done already.
 
     on_stage hears of each stage as it ends: (stage, manifest, whether it was skipped).
     """
     for name in (until, only):
         if name is not None and name not in GROUPS:
             raise UserError(f"no stage '{name}': stages are {', '.join(GROUPS)}")
-    preflight.check(config)
+        if name is not None and name not in {stage.group for stage in wanted(config)}:
+            raise UserError(f"method={config.method.name} trains on y_o and has no stage {name}")
+    preflight.check_devices(config)
+    preflight.check_inputs(config)
     todo = list(folders(config, run_dir))
     with run_dir.lock():
         run_dir.write_config(to_dict(config))
         done: set[str] = set()
         for stage, folder in todo:
-            state = folder.state()
             if only is not None and stage.group != only:
-                done |= {stage.name} if state == "done" else set()
+                if folder.state() == "done":
+                    folder.open()  # brings it back, if it lies in stale/
+                    done.add(stage.name)
                 continue
             missing = [need for need in stage.needs if need not in done and any(s.name == need for s, _ in todo)]
             if missing:
@@ -141,7 +148,7 @@ def run(
                     f"stage {stage.name} reads {missing[0]}, which is not done: run it first (--until {missing[0].split('/')[0]})"
                 )
             manifest = folder.open()
-            skipped = manifest.status == "done"
+            skipped = manifest.status == "done" and not again
             if not skipped:
                 started = time.monotonic()
                 try:

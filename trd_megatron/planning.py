@@ -14,11 +14,13 @@ from trd_megatron.builtin_models import resolve_model
 from trd_megatron.chat import Chat, coloured, sequence
 from trd_megatron.config import Config, from_dict
 from trd_megatron.convert.architecture import Architecture
+from trd_megatron.errors import UserError
 from trd_megatron.learner.checkpoint_files import saved_steps
-from trd_megatron.pipeline import STAGES, folders, wanted
+from trd_megatron.pipeline import folders
 from trd_megatron.prompts import student_prompt
 from trd_megatron.run_dir import Manifest, RunDir, read_config
 from trd_megatron.stages import prepare
+from trd_megatron.stages.train import build_samples
 
 BYTES = {"float32": 4, "bfloat16": 2}
 MEANING = {
@@ -55,7 +57,7 @@ def tables(config: Config) -> Iterator[RenderableType]:
     for path in (config.model.path, config.teacher.path):
         if path is not None:
             resolve_model(path, download=False)
-    preflight.check(config)
+    preflight.check_inputs(config)
     stages = Table("stage", "state", "works with", title=f"{config.name} in {run_dir.path}")
     for stage, folder in folders(config, run_dir):
         stages.add_row(stage.name, MEANING[folder.state()], _settings_line(config, stage.name))
@@ -74,7 +76,8 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
     held = student.parameter_count() + (teacher.parameter_count() if config.teacher.path else 0)
     # Under sequence parallelism or not, A of a column layer and B of a row layer are replicated; counting all as cut is a lower bound.
     learner_bytes = held * width / tp + adapter * 16 / tp + 2 * learner.kl_chunk_tokens * student.padded_vocab_size(tp) / tp * 4
-    longest = config.refine.max_prompt_tokens + config.refine.max_response_tokens
+    generating = (config.rollout, config.refine, config.evaluate)
+    longest = max(section.max_prompt_tokens + section.max_response_tokens for section in generating)
     cache = 2 * teacher.num_layers * teacher.num_query_groups * teacher.head_dim * BYTES[engine.dtype] * longest * engine.batch_size
     engine_bytes = max(student.parameter_count(), teacher.parameter_count()) * BYTES[engine.dtype] + cache
     checkpoints = learner.keep_checkpoints * adapter * 12
@@ -131,16 +134,18 @@ def adapter_parameters(architecture: Architecture, rank: int) -> int:
 
 
 def sample(config: Config) -> Text:
-    """One training sequence: a real one where the run has rollouts, else the first prompt with its reference solution."""
-    from trd_megatron.records import TRAJECTORY
-    from trd_megatron.run_dir import read_parquet, shard_path
+    """One training sequence of the student: a real one where rollouts (and rewrites) are there, else a problem with its reference.
 
+    Raises UserError where even the problems would have to be downloaded first.
+    """
     run_dir = RunDir(config.run_dir, config.name)
     chat = Chat(resolve_model(config.model.path), config.data.prompt_format, config.student.chat_template_kwargs)
-    first = shard_path(run_dir.rollouts, 0)
-    if first.exists():
-        row = read_parquet(first, TRAJECTORY)[0]
-        return coloured(chat, sequence(row["prompt_ids"], row["response_ids"]))
+    current = {stage.name for stage, folder in folders(config, run_dir) if folder.state() == "done" and folder.folder.exists()}
+    if {"prepare", "rollout", "refine" if config.method.trajectory == "refined" else "rollout"} <= current:
+        row = build_samples(config, run_dir)[0][0]
+        return coloured(chat, sequence(row["student_prompt_ids"], row["response_ids"]))
+    if config.data.source == "deepscaler" and config.data.path is None:
+        raise UserError("--show-sample needs problems: `trd run ... --until prepare` downloads them, or set data.path")
     problem = prepare.load(config)[0]
     prompt = chat.prompt_ids(student_prompt(config.task, problem["problem"], problem.get("starter_code")))
     return coloured(chat, sequence(prompt, chat.encode(problem.get("reference_solution") or problem["answer"])))
@@ -149,19 +154,15 @@ def sample(config: Config) -> Text:
 def status(run_path: Path) -> Table:
     """The stages of a run with counts and rates. Raises UserError if `run_path` is no run."""
     config = from_dict(read_config(run_path))
-    needed = {stage.name for stage in wanted(config)}
-    table = Table("stage", "state", "done", "rate", "seconds", title=f"{config.name} in {run_path}")
-    for stage in STAGES:
-        if stage.name not in needed:
-            table.add_row(stage.name, "[dim]not needed by this method[/dim]", "", "", "")
-            continue
-        folder = run_path / stage.folder
-        manifest = Manifest.read(folder)
-        if manifest is None:
-            table.add_row(stage.name, "[dim]not begun[/dim]", "", "", "")
+    table = Table("stage", "state", "done", "rate", "seconds", title=f"{config.name}, method {config.method.name}, in {run_path}")
+    for stage, folder in folders(config, RunDir(run_path, config.name)):
+        manifest = Manifest.read(folder.folder)
+        if manifest is None or manifest.fingerprint != folder.fingerprint:
+            text = {"missing": "[dim]not begun[/dim]", "stale": "[yellow]made with other settings[/yellow]"}
+            table.add_row(stage.name, text.get(folder.state(), "[dim]in stale/[/dim]"), "", "", "")
             continue
         state = "[green]done[/green]" if manifest.status == "done" else "[yellow]begun[/yellow]"
-        table.add_row(stage.name, state, *_progress(stage.name, folder, manifest))
+        table.add_row(stage.name, state, *_progress(stage.name, folder.folder, manifest))
     return table
 
 
@@ -172,8 +173,10 @@ def _progress(stage: str, folder: Path, manifest: Manifest) -> tuple[str, str, s
         steps = saved_steps(folder / "checkpoints")
         shards = len(list(folder.rglob("part-*.parquet")))
         return (f"checkpoint at step {steps[-1]}" if steps else f"{shards} shards" if shards else "", "", "")
-    if "samples" in counts and seconds:
-        done, rate = f"{counts['samples']} samples", f"{counts['response_tokens'] / seconds:.0f} tok/s"
+    if stage.startswith(("rollout", "refine", "evaluate")):
+        parts = list(counts.values()) if stage.startswith("evaluate") else [counts]  # one for each benchmark
+        done = f"{sum(part['samples'] for part in parts)} samples"
+        rate = f"{sum(part['response_tokens'] for part in parts) / max(seconds, 1e-9):.0f} tok/s"
     elif stage == "train":
         done, rate = f"{counts['steps']} steps", f"{counts['tokens'] / max(counts['seconds'], 1e-9):.0f} tok/s"
     else:

@@ -6,22 +6,39 @@ from trd_megatron.builtin_models import resolve_model
 from trd_megatron.chat import Chat
 from trd_megatron.config import Config
 from trd_megatron.convert.architecture import Architecture
+from trd_megatron.data import parquet
 from trd_megatron.errors import UserError
 
 
-def check(config: Config) -> None:
-    """Checks devices, models, tokenizers and the parallel layout. Raises UserError that names the key to change."""
-    for key, device in (("engine.device", config.engine.device), ("learner.device", config.learner.device)):
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UserError(f"{key}=cuda, but this machine has no usable GPU: set {key}=cpu, or choose learner=cpu engine=local")
+def check_devices(config: Config) -> None:
+    """Raises UserError if this machine has fewer GPUs than the configuration uses."""
+    gpus = torch.cuda.device_count()
+    if config.engine.device == "cuda" and not gpus:
+        raise UserError("engine.device=cuda, but this machine has no usable GPU: set engine.device=cpu")
+    learner = config.learner
+    ranks = learner.tensor_model_parallel_size * learner.data_parallel_size
+    if learner.device == "cuda" and gpus < ranks:
+        raise UserError(
+            f"learner.device=cuda with {ranks} ranks (tensor_model_parallel_size x data_parallel_size), but this machine has {gpus} "
+            "usable GPUs: choose learner=cpu, or fewer ranks"
+        )
+
+
+def check_inputs(config: Config) -> None:
+    """Checks models, tokenizers, the parallel layout and the benchmarks' files. Raises UserError that names the key to change."""
+    for benchmark in config.evaluate.benchmarks:
+        if benchmark != "test" and not parquet.load(parquet.locate(benchmark)):
+            raise UserError(f"evaluate.benchmarks: {benchmark} holds no problems")
     student_path = resolve_model(config.model.path)
     student = Chat(student_path, config.data.prompt_format, config.student.chat_template_kwargs)
     tp = config.learner.tensor_model_parallel_size
-    Architecture.from_hf(student_path).check_tensor_parallel_size(tp, config.model.path)
+    student_architecture = Architecture.from_hf(student_path)
+    student_architecture.check_tensor_parallel_size(tp, config.model.path)
     if config.teacher.path is None:
         return
     teacher_path = resolve_model(config.teacher.path)
-    Architecture.from_hf(teacher_path).check_tensor_parallel_size(tp, config.teacher.path)
+    teacher_architecture = Architecture.from_hf(teacher_path)
+    teacher_architecture.check_tensor_parallel_size(tp, config.teacher.path)
     teacher = Chat(teacher_path, config.data.prompt_format, config.teacher.chat_template_kwargs)
     ours, theirs = student.vocabulary(), teacher.vocabulary()
     if ours != theirs:
@@ -29,4 +46,10 @@ def check(config: Config) -> None:
         raise UserError(
             f"teacher.path={config.teacher.path} has another vocabulary than model.path={config.model.path} "
             f"({len(differing)} tokens differ, e.g. {differing[0]!r}): full-vocabulary KL needs the same one"
+        )
+    rows = [architecture.vocab_size for architecture in (student_architecture, teacher_architecture)]
+    if rows[0] != rows[1]:
+        raise UserError(
+            f"teacher.path={config.teacher.path} has {rows[1]} vocabulary rows, model.path={config.model.path} has {rows[0]}: "
+            "full-vocabulary KL needs as many"
         )

@@ -51,6 +51,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _is_temporary(path: Path) -> bool:
+    """Whether atomic_write made it: what a kill leaves behind."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Opens a temporary file beside `path` that replaces it when the block ends well; on an error `path` stays as it was."""
@@ -113,7 +118,7 @@ class RunDir:
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run_dir={self.path} is a file: choose another run_dir=PATH")
-        if self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir()):
+        if self.path.is_dir() and any(path.name != LOCK and not _is_temporary(path) for path in self.path.iterdir()):
             if not self.config_file.exists():
                 raise UserError(f"run_dir={self.path} holds other files and no config.yaml: choose an empty run_dir=PATH")
             held = read_config(self.path).get("name")
@@ -147,6 +152,9 @@ class RunDir:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"another process works in {self.path}: wait for it, or choose another run_dir=PATH") from None
+            for path in self.path.rglob(".*.tmp"):  # a killed process left it
+                if path.is_file():
+                    path.unlink()
             yield
 
 
@@ -187,22 +195,22 @@ class StageFolder:
     def open(self) -> Manifest:
         """Makes the folder ready: parks what was made otherwise, brings back what was parked, or starts anew."""
         manifest = Manifest.read(self.folder)
-        if manifest is None and self.folder.exists() and any(self.folder.iterdir()):
+        if manifest is None and self.folder.exists() and any(not _is_temporary(path) for path in self.folder.iterdir()):
             # A folder without a manifest was never a finished stage's: the manifest is the first file written.
             raise UserError(f"{self.folder} holds files but no {MANIFEST}: move it away and run again")
         if manifest is not None and manifest.fingerprint != self.fingerprint:
-            target = self._parked(manifest.fingerprint)
-            shutil.rmtree(target, ignore_errors=True)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.rename(target)
-            if not self.kept:
-                shutil.rmtree(target)
+            if self.kept:
+                target = self._parked(manifest.fingerprint)
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self.folder.rename(target)
+            else:
+                shutil.rmtree(self.folder)
             manifest = None
         if manifest is None:
             parked = self._parked(self.fingerprint)
             if parked.exists():
-                if self.folder.exists():
-                    self.folder.rmdir()
+                shutil.rmtree(self.folder, ignore_errors=True)  # at most what a kill left behind
                 parked.rename(self.folder)
                 manifest = Manifest.read(self.folder)
         if manifest is None:

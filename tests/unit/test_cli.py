@@ -73,6 +73,7 @@ def test_plan_of_a_new_run_and_status_of_none(monkeypatch: pytest.MonkeyPatch, c
 
 def test_wrong_keys(refused) -> None:  # type: ignore[no-untyped-def]
     assert refused("learner.lr=1").startswith("error: unknown key learner.lr: did you mean")
+    assert "method=forward_kl trains on y_o and has no stage refine" in refused("method=forward_kl", "--until", "refine")
     assert "no stage 'trian': stages are prepare, rollout" in refused("--until", "trian")
     assert "stage export/adapter reads train, which is not done" in refused("--only", "export")
 
@@ -90,6 +91,10 @@ def test_wrong_data(refused, tmp_path: Path) -> None:  # type: ignore[no-untyped
     ):
         (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
         assert message in refused(f"data.path={tmp_path}/p.jsonl")
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl holds no problems" in refused(f"evaluate.benchmarks=[test,{tmp_path}/empty.jsonl]")
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"problem": "?", "answer": "1", "answer_type": "set"}))
+    assert "row 0: answer_type is one of" in refused(f"evaluate.benchmarks=[{tmp_path}/odd.jsonl]")
     assert "gone.parquet does not exist" in refused("evaluate.benchmarks=[test,gone.parquet]")
 
 
@@ -149,4 +154,5 @@ def test_a_gpu_that_is_not_there(refused) -> None:  # type: ignore[no-untyped-de
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert "learner.device=cuda, but this machine has no usable GPU" in refused("learner.device=cuda")
+    assert "learner.device=cuda with 1 ranks" in refused("learner.device=cuda")
+    assert "engine.device=cuda, but this machine has no usable GPU" in refused("engine.device=cuda")

@@ -1,10 +1,13 @@
 """The learner's parts that need no ranks: name table, packing, schedule, learning rate, checkpoint bookkeeping, adapters on disk."""
 
 import json
+import os
+import pickle
 import random
 from collections.abc import Callable
 from itertools import chain, pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,6 +205,24 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match="cannot be read"):
         read_factors(tmp_path)
+
+
+class _Evil:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.target}",)
+
+
+def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps({"state_dict_metadata": _Evil(tmp_path / "owned")}))
+    with pytest.raises(UserError, match=r"names posix\.system, which no checkpoint needs"):
+        read_factors(tmp_path)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps({1: 2}))
+    with pytest.raises(UserError, match="holds no checkpoint metadata"):
+        read_factors(tmp_path)
+    assert not (tmp_path / "owned").exists()
 
 
 def test_adapter_size_is_what_training_makes() -> None:

@@ -83,6 +83,29 @@ def test_a_folder_without_a_manifest_is_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "run/rollout/mine").read_text() == "precious"
 
 
+def test_what_a_kill_leaves_while_writing_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "run/rollout").mkdir(parents=True)
+    (tmp_path / "run/rollout/.manifest.json.77.tmp").write_text("half")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/.config.yaml.77.tmp").write_text("half")
+    RunDir(tmp_path / "other", "x")
+    RunDir(tmp_path / "other", "x").write_config({"name": "x"})
+    (tmp_path / "run/config.yaml").write_text("name: x")
+    run = RunDir(tmp_path / "run", "x")
+    assert stage(run, a=1).open().status == "running"
+    with run.lock():
+        assert not list((tmp_path / "run").rglob(".*.tmp"))
+
+
+def test_a_stage_that_is_not_kept_is_made_anew(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run", "x")
+    make(run, "one", a=1)
+    other = StageFolder(run, "rollout", run.path / "rollout", {"a": 2}, {}, kept=False)
+    assert other.open().status == "running"
+    assert not (other.folder / "file").exists()
+    assert not run.stale.exists()
+
+
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"stage": "ro')
     with pytest.raises(UserError, match=r"manifest\.json is damaged"):

@@ -1,6 +1,5 @@
 """A trained adapter out of a Megatron distributed checkpoint: as a PEFT folder, and merged into the base model."""
 
-import pickle
 import re
 import shutil
 import warnings
@@ -12,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from trd_megatron.convert.safe_metadata import SafeReader
 from trd_megatron.errors import UserError
 
 _FACTOR = re.compile(r"model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.lora_[AB]\.weight")
@@ -24,7 +24,7 @@ def read_factors(checkpoint: Path) -> dict[str, torch.Tensor]:
     Needs no ranks and no Megatron: torch_dist is PyTorch's distributed checkpoint format. Raises UserError if it is damaged.
     """
     try:
-        reader = dcp.FileSystemReader(checkpoint)
+        reader = SafeReader(checkpoint)
         metadata = reader.read_metadata().state_dict_metadata
         state: dict[str, Any] = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -34,7 +34,7 @@ def read_factors(checkpoint: Path) -> dict[str, torch.Tensor]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is wanted
             dcp.load(state, storage_reader=reader, no_dist=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, dcp.CheckpointException) as error:
+    except (OSError, RuntimeError, ValueError, EOFError, dcp.CheckpointException) as error:
         raise UserError(f"checkpoint {checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
     if not state:
         raise UserError(f"checkpoint {checkpoint} holds no adapter")

@@ -5,35 +5,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from trd_megatron import processes
-from trd_megatron.config import from_dict
-from trd_megatron.errors import UserError
-from trd_megatron.learner.job import ERROR, Job
+from trd_megatron.processes import die_with_parent
 
 
 def main(folder: Path) -> None:
     """Trains as train/job.json says. Rank 0 prints one JSON line per step."""
+    from trd_megatron.config import from_dict
+    from trd_megatron.errors import UserError
+    from trd_megatron.learner.job import ERROR, Job
     from trd_megatron.learner.parallel import process_group, setup
     from trd_megatron.learner.train import NonFiniteError, train
+    from trd_megatron.run_dir import write_json
+
+    def on_step(metrics: dict[str, Any]) -> None:
+        if parallel.is_main:
+            print(json.dumps(metrics), flush=True)
 
     job = Job.read(folder)
     config = from_dict(job.config)
-    with process_group(config.learner.device):
-        parallel = setup(config.learner)
-
-        def on_step(metrics: dict[str, Any]) -> None:
-            if parallel.is_main:
-                print(json.dumps(metrics), flush=True)
-
-        teacher = None if job.teacher_path is None else Path(job.teacher_path)
-        try:
+    teacher = None if job.teacher_path is None else Path(job.teacher_path)
+    try:
+        with process_group(config.learner.device):
+            parallel = setup(config.learner)
             train(config, folder, job.samples(folder), Path(job.student_path), teacher, parallel, on_step)
-        except (UserError, NonFiniteError) as error:
-            if parallel.is_main:
-                (folder / ERROR).write_text(json.dumps({"kind": type(error).__name__, "message": str(error)}), encoding="utf-8")
-            raise
+    except (UserError, NonFiniteError) as error:  # the same on every rank; the stage reads it from this file
+        write_json(folder / ERROR, {"kind": type(error).__name__, "message": str(error)})
+        raise
 
 
 if __name__ == "__main__":
-    processes.die_with_parent()
+    die_with_parent()
     main(Path(sys.argv[1]))

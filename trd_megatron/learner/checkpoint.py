@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 
+from trd_megatron.convert.safe_metadata import read_metadata
 from trd_megatron.learner.checkpoint_files import STATE, read_state, step_folder
 from trd_megatron.learner.lora import Factor
 from trd_megatron.learner.optimizer import Optimizer
@@ -64,6 +65,7 @@ def load(checkpoints: Path, step: int, factors: list[Factor], optimizer: Optimiz
     """Restores adapters and optimizer in place; returns the loop state. Every rank calls it."""
     folder = step_folder(checkpoints, step)
     loop_state = read_state(checkpoints, step)
+    read_metadata(folder)  # refuses what Megatron's own loader would unpickle unchecked
     with parallel.megatron_device():
         loaded = dist_checkpointing.load(_state_dict(factors, optimizer, parallel), str(folder))
     with torch.no_grad():

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from trd_megatron import processes
 from trd_megatron.config import LearnerConfig
 from trd_megatron.errors import UserError
 from trd_megatron.learner.packing import Sample
@@ -53,11 +54,12 @@ def run_ranks(folder: Path, config: LearnerConfig) -> Iterator[dict[str, Any]]:
     threads = max((os.cpu_count() or 1) // ranks, 1) if config.device == "cpu" else 1
     command = [sys.executable, "-m", "trd_megatron.learner.torchrun", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "--max-restarts=0", "-m", "trd_megatron.learner", str(folder)]
-    environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
-    if config.device != "cpu":
-        del environment["GLOO_SOCKET_IFNAME"]
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | dict(os.environ)
+    environment |= {"PYTHONSAFEPATH": "1", processes.PARENT: str(os.getpid())}  # no modules from the folder the user stands in
+    if config.device == "cpu":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with (folder / LOG).open("a", encoding="utf-8") as log:
-        process = subprocess.Popen(command, env=environment | dict(os.environ), stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             assert process.stdout is not None
             for line in process.stdout:

@@ -80,8 +80,10 @@ class Trainer:
         return sums, norm
 
     def held_out_kl(self, batch: list[Sample]) -> float:
-        """Mean unclipped divergence per response token of the fixed batch."""
+        """Mean unclipped divergence per response token of the fixed batch. Raises NonFiniteError."""
         sums = self.step.run(batch, backward=False)
+        if not math.isfinite(sums.kl):
+            raise NonFiniteError(f"the held-out KL is {sums.kl}: lower learner.learning_rate, or look at {METRICS}")
         return sums.kl / sums.tokens
 
 
@@ -109,7 +111,7 @@ def train(
         state = checkpoint.load(checkpoints, done, trainer.factors, trainer.optimizer, parallel)
     else:
         kl = trainer.held_out_kl(fixed)
-        state = {"step": 0, "total_steps": len(steps), "kl_before": kl, "held_out_kl": {"0": kl}, "tokens": 0, "seconds": 0.0}
+        state = {"step": 0, "kl_before": kl, "held_out_kl": {"0": kl}, "tokens": 0, "seconds": 0.0}
     earlier_seconds = state["seconds"]
     log = _Log(folder, done) if parallel.is_main else None
 

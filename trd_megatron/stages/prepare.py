@@ -43,7 +43,7 @@ def load(config: Config) -> list[dict[str, Any]]:
 
 
 def split(problems: list[dict[str, Any]], train: int | None, test: int, seed: int) -> list[dict[str, Any]]:
-    """Keeps the source's own split column where it has one; otherwise draws `test` problems to hold out, then `train`."""
+    """Keeps the source's own split column where it has one; otherwise draws `test` problems to hold out and `train` of the others."""
     if any(problem.get("split") is not None for problem in problems):
         for problem in problems:
             if problem.get("split") not in ("train", "test"):
@@ -61,7 +61,9 @@ def split(problems: list[dict[str, Any]], train: int | None, test: int, seed: in
             f"{len(training)} training and {len(held)} test problems are left, but data.test_problems={test}: "
             "give more problems or lower data.test_problems"
         )
-    return training[:train] + held[:test]
+    if train is not None and train < len(training):
+        training = [training[i] for i in sorted(random.Random(f"{seed}/train").sample(range(len(training)), train))]
+    return training + held[:test]
 
 
 def read(run_dir: RunDir) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 TRD := $(VENV)/bin/trd
 
-.PHONY: venv quickstart smoke test check lock wheel clean help
+.PHONY: venv quickstart smoke test acceptance check lock wheel clean help
 
 help: ## Show this list.
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -26,6 +26,9 @@ smoke: venv ## The whole pipeline on a tiny random model: under a minute.
 
 test: venv ## Run the tests.
 	$(VENV)/bin/python -m pytest
+
+acceptance: venv ## Run the quickstart twice and check what it promises: about seven minutes.
+	$(VENV)/bin/python -m pytest tests/acceptance -m acceptance
 
 check: venv ## Lint, format check and type check.
 	$(VENV)/bin/ruff check .

@@ -324,3 +324,11 @@ def test_a_model_that_cannot_run_is_refused(folders, tmp_path, kind, message):
     with pytest.raises(UserError, match=message) as caught:
         LocalEngine(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_the_benchmark_counts_the_same_tokens_on_both_sides():
+    from trd_megatron.bench.engine import benchmark
+
+    result = benchmark(resolve_model("builtin:tiny-qwen3"), batch_size=3, max_new_tokens=5, repeats=1)
+    assert result["tokens"] == 15
+    assert result["ratio"] == pytest.approx(result["local"] / result["plain"])

@@ -415,7 +415,10 @@ def test_no_worker_outlives_its_parent(signal_number, limit):
         assert parent.stdout is not None
         worker = int(parent.stdout.readline())
         parent.send_signal(signal_number)
-        parent.wait(timeout=60)
+        try:
+            parent.wait(timeout=60)
+        finally:
+            parent.kill()
     assert wait_until_gone(worker)
 
 

@@ -5,6 +5,7 @@ under Hugging Face names with their global shapes, so a run goes on under any te
 """
 
 import os
+import queue
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from trd_megatron.convert.safe_metadata import read_metadata
 from trd_megatron.learner.checkpoint_files import STATE, read_state, step_folder
@@ -52,6 +54,8 @@ def save(checkpoints: Path, loop_state: dict[str, Any], factors: list[Factor], o
         shutil.rmtree(target, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
+    # Megatron would start a manager process for this queue, which outlives a killed rank; saving here and now needs none.
+    filesystem_async._results_queue = queue.Queue()
     with parallel.megatron_device():
         dist_checkpointing.save(_state_dict(factors, optimizer, parallel), str(temporary))
     dist.barrier()

@@ -169,7 +169,9 @@ class _Worker:
         """Ends the process, waits for it and closes the pipes; harmless if there is none."""
         if self.process is not None:
             self.process.kill()
-            self.process.wait()
+            # With a limit: a Ctrl-C that came inside poll() can leave Popen's lock taken, and a plain wait() would wait for it for ever.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout=5)
             for pipe in (self.process.stdin, self.process.stdout):
                 assert pipe is not None
                 pipe.close()

@@ -29,7 +29,7 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: fl
             for rank in range(world_size):
                 receiver, sender = context.Pipe(duplex=False)
                 store = os.path.join(folder, "store")
-                process = context.Process(target=_main, args=(rank, world_size, store, timeout_s, sender, fn, args), daemon=True)
+                process = context.Process(target=_main, args=(rank, world_size, store, timeout_s, sender, fn, args))
                 process.start()
                 sender.close()  # so that the death of the rank is an end of file here
                 ranks[receiver] = (rank, process)

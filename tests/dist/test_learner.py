@@ -152,11 +152,3 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_on_every_rank(tmp_pat
     for message, untouched in run_ranks(2, cases.poisoned, case, PAIRS[1]):
         assert "not finite, nothing was updated; samples: p0/0, p1/0, p2/0" in message
         assert untouched
-
-
-def test_training_lowers_the_held_out_kl(tmp_path: Path) -> None:
-    case = loop_case(tmp_path, epochs=6)
-    (tmp_path / "run").mkdir()
-    [summary] = run_ranks(1, cases.train_in, case, [(tmp_path / "run", ONE)])[0]
-    assert summary["steps"] == 24
-    assert summary["kl_fixed_batch_after"] < 0.99 * summary["kl_fixed_batch_before"]

@@ -183,9 +183,16 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 }
 
 
+def _hear_ctrl_c() -> None:
+    """A shell that runs the tests in the background ignores SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _kill_at(run_dir: Path, reached: Callable[[Path], bool], sent: signal.Signals) -> int:
     """Starts the run and kills it at the given moment. Returns its exit code."""
-    process = subprocess.Popen(command(run_dir, *SMALL_SHARDS), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(run_dir, *SMALL_SHARDS), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=_hear_ctrl_c
+    )
     try:
         deadline = time.monotonic() + 120
         while not reached(run_dir):

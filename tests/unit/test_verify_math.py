@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -411,7 +412,8 @@ with MathVerifier(workers=1, timeout_s=LIMIT) as verifier:
 def test_no_worker_outlives_its_parent(signal_number, limit):
     """Ctrl-C ends a busy worker at once; a killed parent's busy worker ends by itself after the item's limit."""
     command = [sys.executable, "-c", PARENT.replace("LIMIT", str(limit))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
+    hear_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell in the background ignores it for its children
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c) as parent:
         assert parent.stdout is not None
         worker = int(parent.stdout.readline())
         parent.send_signal(signal_number)

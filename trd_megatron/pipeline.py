@@ -159,7 +159,7 @@ def run(
                 folder.close(manifest, counts, time.monotonic() - started)
             done.add(stage.name)
             if stage.group == "evaluate":
-                evaluate.write_summary(run_dir)
+                evaluate.write_summary(run_dir, {name.split("/")[1] for name in done if name.startswith("evaluate/")})
             on_stage(stage, manifest, skipped)
             if until is not None and stage.group == until and not any(s.group == until and s.name not in done for s, _ in todo):
                 return

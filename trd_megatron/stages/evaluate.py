@@ -64,8 +64,7 @@ def scores(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def write_summary(run_dir: RunDir) -> None:
-    """eval/summary.json: model -> benchmark -> figures, from the manifests of the models evaluated so far."""
-    manifests = {name: Manifest.read(run_dir.eval / name) for name in ("base", "student")}
-    done = {name: manifest.counts for name, manifest in manifests.items() if manifest is not None and manifest.status == "done"}
-    write_json(run_dir.eval / "summary.json", done)
+def write_summary(run_dir: RunDir, models: set[str]) -> None:
+    """eval/summary.json: model -> benchmark -> figures, from the manifests of `models`, those evaluated with the current settings."""
+    manifests = {name: Manifest.read(run_dir.eval / name) for name in sorted(models)}
+    write_json(run_dir.eval / "summary.json", {name: manifest.counts for name, manifest in manifests.items() if manifest is not None})

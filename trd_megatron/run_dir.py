@@ -132,9 +132,7 @@ class RunDir:
     train = property(lambda self: self.path / "train")
     checkpoints = property(lambda self: self.path / "train" / "checkpoints")
     hf = property(lambda self: self.path / "hf")
-    adapter = property(lambda self: self.path / "adapter")
     eval = property(lambda self: self.path / "eval")
-    report = property(lambda self: self.path / "report")
     stale = property(lambda self: self.path / "stale")
 
     def write_config(self, config: dict[str, Any]) -> None:

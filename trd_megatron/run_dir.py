@@ -133,6 +133,7 @@ class RunDir:
     checkpoints = property(lambda self: self.path / "train" / "checkpoints")
     hf = property(lambda self: self.path / "hf")
     eval = property(lambda self: self.path / "eval")
+    report = property(lambda self: self.path / "report")
     stale = property(lambda self: self.path / "stale")
 
     def write_config(self, config: dict[str, Any]) -> None:

@@ -39,7 +39,16 @@ setup(
     ],
     extras_require={
         "quickstart": ["accelerate>=1.10", "gguf>=0.17", "reasoning-gym==0.1.25"],
-        "dev": ["hypothesis>=6.150", "mypy>=1.18", "pytest>=8.4", "pytest-timeout>=2.4", "ruff>=0.14"],
+        "bench": ["liger-kernel==0.8.5", "trl==1.16.0"],  # the peers of `trd bench kl`
+        "dev": [
+            "hypothesis>=6.150",
+            "mypy>=1.18",
+            "pytest>=8.4",
+            "pytest-timeout>=2.4",
+            "ruff>=0.14",
+            # The version that torch 2.13.0's CUDA build pins.
+            "triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        ],
     },
     entry_points={"console_scripts": ["trd = trd_megatron.cli:main"]},
 )

@@ -122,13 +122,16 @@ class LoraConfig:
 @dataclass
 class LearnerConfig:
     device: str = opt("cuda", "cpu (gloo) or cuda (nccl).", choices=("cpu", "cuda"))
-    dtype: str = opt("bfloat16", "Base weights and activations; adapters are float32.", choices=("float32", "bfloat16"))
+    dtype: str = opt("bfloat16", "Base weights and activations; adapters are float32 (float64 with it).", choices=("float64", "float32", "bfloat16"))
     tensor_model_parallel_size: int = opt(1, "Ranks that share every layer.", layout=True)
     sequence_parallel: bool = opt(False, "Also split activations between layers over these ranks.", layout=True)
     data_parallel_size: int = opt(1, "Copies of the model that share a global batch.", layout=True)
     max_tokens_per_micro_batch: int = opt(38912, "Tokens packed into one forward of the teacher or the student.", layout=True)
     recompute: bool = opt(True, "Recompute the student's layers in backward instead of keeping their activations.", layout=True)
     kl_chunk_tokens: int = opt(512, "Rows of logits held at once by the loss.", layout=True)
+    kl_backend: str = opt(
+        "auto", "Row kernels of the loss; auto: triton on cuda, torch on cpu.", choices=("auto", "torch", "triton"), layout=True
+    )
     global_batch_size: int = opt(128, "Sequences per optimizer step.")
     epochs: int = opt(1, "Passes over the trajectories.")
     max_steps: int | None = opt(None, "Stop after this many steps (null: all epochs).")

@@ -25,7 +25,7 @@ PACKAGES = {
     "accelerate": "quickstart's model, converting it once",
     "reasoning-gym": "quickstart's problems",
     "transformer-engine": "fp8 and fused layers on GPUs (this version's learner does not use it yet)",
-    "triton": "fused loss kernels on GPUs (this version's loss does not use it yet)",
+    "triton": "fused loss kernels on GPUs (learner.kl_backend)",
 }
 REQUIRED = ("torch", "transformers", "megatron-core", "math-verify", "pyarrow", "peft")
 

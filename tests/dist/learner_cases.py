@@ -1,5 +1,6 @@
 """What the ranks of the learner tests run. A module of its own: ranks find functions by name."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from trd_megatron.config import Config, LearnerConfig
 from trd_megatron.convert.adapter import merge
 from trd_megatron.learner import cpu
+from trd_megatron.learner.lora import Factor
 from trd_megatron.learner.model import Model
 from trd_megatron.learner.packing import Sample, pack
 from trd_megatron.learner.parallel import Parallel, setup
@@ -117,3 +119,38 @@ def student_against_merged(rank: int, config: Config, folder: Path, ids: list[li
         merge(folder, factors, config.learner.lora.alpha / config.learner.lora.rank, out / "merged")
         torch.save(factors, out / "factors.pt")
     return _logits(trainer.student, trainer.parallel, ids)
+
+
+Steps = dict[str, Any]  # loss [steps], gradients and adapters: per step {name: the whole tensor}
+
+
+def traced_steps(rank: int, cases: list[Case], runs: list[tuple[Layout, dict[str, Any]]], rates: list[float]) -> list[list[Steps]]:
+    """Per layout and case: len(rates) updates on batches of four samples. What the ranks hold in parts is put together."""
+    return [[_traced_steps(case, place, changes, rates) for case in cases] for place, changes in runs]
+
+
+def _traced_steps(case: Case, place: Layout, changes: dict[str, Any], rates: list[float]) -> Steps:
+    _, config, samples, student, teacher = case
+    config = layout(config, *place, **changes)
+    trainer = Trainer(config, student, teacher, start(config.learner))
+    trace: Steps = {"loss": [], "gradients": [], "adapters": [_whole(trainer, lambda factor: factor.parameter)]}
+    for step, rate in enumerate(rates):
+        batch = samples[4 * step : 4 * step + 4]
+        sums = trainer.step.run(batch, backward=True)
+        trainer.optimizer.reduce_gradients()
+        trace["loss"].append(sums.loss / sums.tokens)
+        trace["gradients"].append(_whole(trainer, lambda factor: factor.parameter.grad))
+        trainer.optimizer.step(rate, trainer.optimizer.gradient_norm())
+        trace["adapters"].append(_whole(trainer, lambda factor: factor.parameter))
+    return trace
+
+
+def _whole(trainer: Trainer, of: Callable[[Factor], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Factor name -> the tensor `of` gives for it, its parts joined over the tensor-parallel group."""
+    joined = {}
+    for factor in trainer.factors:
+        part = of(factor).detach().contiguous()
+        parts = [torch.empty_like(part) for _ in range(trainer.parallel.tp_size)]
+        torch.distributed.all_gather(parts, part, group=trainer.parallel.tp_group)
+        joined[factor.name] = part.clone() if factor.shard_dim is None else torch.cat(parts, dim=factor.shard_dim)
+    return joined

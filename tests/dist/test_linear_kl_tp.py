@@ -1,4 +1,4 @@
-"""linear_kl over two and three gloo ranks, against dense_kl in float64 on whole logits. One spawn per world size."""
+"""linear_kl over two, three and four gloo ranks, against dense_kl in float64 on whole logits. One spawn per world size."""
 
 import itertools
 import math
@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from tests.dist.ranks import run_ranks
 from trd_megatron.divergence import Divergence, KLOutput, dense_kl, linear_kl
 
-PADDED = 48  # 24 rows each on two ranks, 16 on three
-VOCABS = {2: (27, 24), 3: (35, 15)}  # a last rank with 3 rows, less than top-k 8; then ranks with nothing but padding
-TOLERANCE = {torch.float32: (2e-5, 2e-6), torch.float64: (1e-11, 1e-12), torch.bfloat16: (2e-2, 5e-2)}  # relative, absolute
+PADDED = 48  # 24 rows each on two ranks, 16 on three, 12 on four
+VOCABS = {2: (27, 24), 3: (35, 15), 4: (39, 19)}  # a last rank with 3 rows, less than top-k 8; then ranks with nothing but padding
+TOLERANCE = {torch.float32: (2e-5, 1e-6), torch.float64: (1e-11, 1e-12), torch.bfloat16: (1e-2, 5e-2)}  # relative, absolute
 CLIP = {"forward": 0.5, "reverse": 0.5, "jsd": 0.15}
 
 
@@ -45,7 +45,7 @@ def make_cases(world_size: int) -> list[Case]:
             for temperature, clip in itertools.product((0.7, 1.0, 2.0), (None, CLIP[kind])):
                 divergence = Divergence(kind, beta=0.3, top_k=top_k, clip=clip, temperature=temperature)
                 if vocab == VOCABS[world_size][0]:
-                    cases.append(Case(divergence, vocab, 7, 4))
+                    cases += [Case(divergence, vocab, tokens, chunk) for tokens, chunk in ((1, 5), (7, 3), (513, 129))]
             plain = Case(Divergence(kind, top_k=top_k), vocab, 33, 13)
             cases += [
                 plain,
@@ -54,7 +54,6 @@ def make_cases(world_size: int) -> list[Case]:
                 replace(plain, identical=True),
                 replace(plain, scale=100.0),
                 replace(plain, scale=1e4, whole=True),
-                replace(plain, tokens=1),
                 replace(plain, tokens=0),
             ]
         cases += [replace(Case(Divergence(kind), vocab, 33, 13), dtype=torch.bfloat16) for kind in CLIP]
@@ -156,7 +155,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, 3, 4])
 def runs(one_thread: None, request: pytest.FixtureRequest) -> list[tuple[Case, list[dict[str, Any]]]]:
     """Each case with its results by rank."""
     by_rank = run_ranks(request.param, run_all, request.param)
@@ -173,7 +172,10 @@ def test_values_and_gradients_equal_the_dense_reference(runs: list[tuple[Case, l
             if name in ("student_logprob", "teacher_logprob", "teacher_set_mass") and not case.extras:
                 assert value is None
                 continue
-            slack = absolute * max(1, case.tokens) if name == "loss" else absolute
+            # A log-probability near 0 is the small difference of two numbers of the size of a logit.
+            slack = {"loss": max(1, case.tokens), "student_logprob": 2, "teacher_logprob": 2}.get(name, 1) * absolute
+            if name == "loss" and case.dtype == torch.bfloat16:
+                slack = 0
             near = torch.isclose(value.double(), getattr(want, name), rtol=relative, atol=slack)
             assert near.all(), (case, name, value, getattr(want, name))
         grads = [(rank["hidden_grad"], hidden_grad) for rank in ranks]
@@ -182,7 +184,8 @@ def test_values_and_gradients_equal_the_dense_reference(runs: list[tuple[Case, l
         for got, expected in grads:
             assert got.dtype == case.dtype
             assert got.isfinite().all()
-            assert (got.double() - expected).norm() <= relative * expected.norm() + 1e-6 * case.scale, case
+            bar = 2e-2 if case.dtype == torch.bfloat16 else relative
+            assert (got.double() - expected).norm() <= bar * expected.norm() + 1e-6 * case.scale, case
 
 
 def test_every_rank_has_the_same_bits(runs: list[tuple[Case, list[dict[str, Any]]]]) -> None:
@@ -204,10 +207,10 @@ def test_one_collective_per_chunk_two_for_jsd_and_one_at_the_end(runs: list[tupl
 def test_no_rank_holds_more_than_a_chunk_of_logits(runs: list[tuple[Case, list[dict[str, Any]]]]) -> None:
     seen = 0
     for case, ranks in runs:
-        if case.tokens == 33 and case.vocab > 20 and (case.divergence.top_k or 0) <= 8:
+        if case.tokens == 513 and (case.divergence.top_k or 0) <= 8:
             seen += 1
             limit = max(case.chunk * PADDED // len(ranks), case.chunk * len(ranks) * (2 * (case.divergence.top_k or 0) + 9))
-            assert all(rank["largest"] <= limit < 33 * case.vocab for rank in ranks), (case, limit, ranks[0]["largest"])
+            assert all(rank["largest"] <= limit < 513 * case.vocab for rank in ranks), (case, limit, ranks[0]["largest"])
     assert seen
 
 

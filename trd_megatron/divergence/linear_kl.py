@@ -10,14 +10,17 @@ Shape letters: T tokens, c tokens of a chunk, V this rank's vocabulary rows with
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from trd_megatron.divergence.row_work import Buffers, Job, chunk_rows
+from trd_megatron.divergence import torch_kernels
+from trd_megatron.divergence.job import Buffers, Job
+from trd_megatron.divergence.products import mm_into
+from trd_megatron.divergence.row_work import Kernels, chunk_rows
 from trd_megatron.divergence.spec import Divergence, KLOutput
 
 Backend = Literal["auto", "torch", "triton"]
@@ -52,10 +55,7 @@ def linear_kl(
     Collective over tp_group; all ranks must pass the same but for the weights. Raises ValueError for shapes, dtypes, ids or
     settings that do not fit together and for backend "triton".
     """
-    if backend == "triton":
-        raise ValueError("backend 'triton' is not in this version; use backend 'torch' or 'auto'")
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"backend is {backend!r}; it must be auto or torch")
+    kernels = _choose_kernels(backend, student_hidden)
     ranks = 1 if tp_group is None else dist.get_world_size(tp_group)
     rank = 0 if tp_group is None else dist.get_rank(tp_group)
     tokens, local_vocab = student_hidden.shape[0], student_weight.shape[0]
@@ -91,7 +91,25 @@ def linear_kl(
         hidden_grad=grad and student_hidden.requires_grad,
         weight_grad=grad and student_weight.requires_grad,
     )
-    return KLOutput(*_LinearKL.apply(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weights, job))
+    return KLOutput(*_LinearKL.apply(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weights, job, kernels))
+
+
+def _choose_kernels(backend: Backend, hidden: Tensor) -> Kernels:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(get_args(Backend))}")
+    if backend == "torch" or (backend == "auto" and (hidden.device.type != "cuda" or hidden.dtype == torch.float64)):
+        return torch_kernels
+    if hidden.dtype == torch.float64:
+        raise ValueError("backend 'triton' computes in float32; pass backend 'torch' for float64 hidden states")
+    try:
+        from trd_megatron.divergence import triton_kernels
+    except ImportError as error:
+        raise ValueError(
+            f"backend {backend!r} on {hidden.device.type} needs triton ({error}); install it or pass backend 'torch'"
+        ) from None
+    if hidden.device.type != "cuda" and not triton_kernels.INTERPRETED:
+        raise ValueError("backend 'triton' needs a GPU; pass backend 'torch' (to test the kernels on a CPU set TRITON_INTERPRET=1)")
+    return triton_kernels
 
 
 def _check_tensors(
@@ -128,10 +146,13 @@ class _LinearKL(torch.autograd.Function):
         teacher_weight: Tensor,
         token_weights: Tensor,
         job: Job,
+        kernels: Kernels,
     ) -> tuple[Tensor | None, ...]:
         tokens = student_hidden.shape[0]
         stat_dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
-        buffers = Buffers(job, stat_dtype, student_hidden.device)
+        # The torch kernels work in the statistics' dtype; triton's read and write the inputs' own.
+        logit_dtype = stat_dtype if kernels is torch_kernels else student_hidden.dtype
+        buffers = Buffers(job, logit_dtype, stat_dtype, student_hidden.device)
         # Padding rows never enter a product: cutting them off is the same as -inf on both sides.
         weight_s, weight_t = student_weight[: job.rows], teacher_weight[: job.rows]
         results = torch.empty(5, tokens, dtype=stat_dtype, device=student_hidden.device)
@@ -142,12 +163,12 @@ class _LinearKL(torch.autograd.Function):
             chunk = slice(start, min(start + job.chunk, tokens))
             student = _logits("student", student_hidden[chunk], weight_s, buffers)  # [c, V]
             teacher = _logits("teacher", teacher_hidden[chunk], weight_t, buffers)
-            chunk_rows(student, teacher, token_weights[chunk].to(stat_dtype), results[:, chunk], start, buffers, job)
+            chunk_rows(student, teacher, token_weights[chunk].to(stat_dtype), results[:, chunk], start, kernels, buffers, job)
             gradient = student
-            if (job.hidden_grad or job.weight_grad) and student_hidden.dtype != stat_dtype:
+            if job.wants_grad and student.dtype != student_hidden.dtype:
                 gradient = buffers.chunk("product", student.shape[0], student_hidden.dtype).copy_(student)
             if grad_hidden is not None:
-                torch.mm(gradient, weight_s, out=grad_hidden[chunk])
+                mm_into(grad_hidden[chunk], gradient, weight_s)
             if grad_weight is not None:
                 _add_product(grad_weight[: job.rows], gradient.t(), student_hidden[chunk])
 
@@ -167,15 +188,15 @@ class _LinearKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = (None if saved is None else saved * grad_loss for saved in ctx.saved_tensors)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _logits(name: str, hidden: Tensor, weight: Tensor, buffers: Buffers) -> Tensor:
-    """[c, V] in the statistics' dtype; the product itself is in the inputs' dtype."""
-    logits = buffers.chunk(name, hidden.shape[0], buffers.stat_dtype)
-    if hidden.dtype == buffers.stat_dtype:
-        return torch.mm(hidden, weight.t(), out=logits)
-    return logits.copy_(torch.mm(hidden, weight.t(), out=buffers.chunk("product", hidden.shape[0], hidden.dtype)))
+    """[c, V] in the buffers' dtype; the product itself is in the inputs' dtype."""
+    logits = buffers.chunk(name, hidden.shape[0], buffers.logit_dtype)
+    if hidden.dtype == buffers.logit_dtype:
+        return mm_into(logits, hidden, weight.t())
+    return logits.copy_(mm_into(buffers.chunk("product", hidden.shape[0], hidden.dtype), hidden, weight.t()))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -1,240 +1,151 @@
-"""The elementwise half of linear_kl: from a chunk of logits to its divergence and, in place, to the gradient. In plain torch.
+"""From a chunk of logits to its divergence and, in place, to the gradient: what does not depend on who reads the rows.
 
-Logits relative to this rank's own max of the row are called a (teacher) and b (student), both divided by the temperature.
-Ranks exchange maxima and sums relative to them; `shift` moves a rank's numbers to the max over all ranks.
+The kernels (torch_kernels, triton_kernels) give sums relative to this rank's own max of each row. Ranks exchange maxima and
+sums in one all-gather per chunk (jsd needs the mixture and therefore a second one); `shift` moves a rank's numbers to the max
+over all ranks. All ranks combine the same numbers in the same order, therefore hold the same bits.
 
 Shape letters: T tokens, c tokens of a chunk, V this rank's vocabulary rows without padding, R ranks, k top-k.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from trd_megatron.divergence.dense import top_k_ids
-from trd_megatron.divergence.spec import Divergence
-
-_CPU_BLOCK = 16  # rows of a chunk whose elementwise work is done together on CPU, so that temporaries stay small and in cache
-_NO_LOGIT = -1e30  # max over no rows at all: finite, so that 0 * (a difference of maxima) is 0 and not NaN
-_JSD_RANGE = 60.0  # |log p - log q| beyond it changes jsd by less than e^-59 and would overflow float32
+from trd_megatron.divergence.job import NO_LOGIT, Buffers, Job, RowFactors
+from trd_megatron.divergence.spec import Kind
 
 
-@dataclass(frozen=True)
-class Job:
-    """What linear_kl is asked for, apart from the tensors that are differentiated or multiplied."""
+class Kernels(Protocol):
+    """The functions of torch_kernels and triton_kernels, described in torch_kernels."""
 
-    divergence: Divergence
-    targets: Tensor | None  # [T]
-    set_columns: Tensor | None  # [n] those of this rank's rows that are in the token set
-    first: int  # id of this rank's first row
-    rows: int  # this rank's rows that are not padding
-    vocab: int  # true size over all ranks
-    group: dist.ProcessGroup | None  # None: one rank
-    rank: int
-    ranks: int
-    chunk: int
-    hidden_grad: bool
-    weight_grad: bool
+    def statistics(
+        self, student: Tensor, teacher: Tensor, kind: Kind, scale: float, plain: bool, buffers: Buffers
+    ) -> dict[str, Tensor]: ...
 
-    @property
-    def top_k(self) -> int | None:
-        return None if self.divergence.top_k is None else min(self.divergence.top_k, self.vocab)
+    def jsd_statistics(
+        self, student: Tensor, teacher: Tensor, rows: RowFactors, beta: float, scale: float, buffers: Buffers
+    ) -> dict[str, Tensor]: ...
 
-    @property
-    def wants_plain(self) -> bool:
-        """Whether anything at temperature 1 over the full vocabulary is asked for."""
-        return self.targets is not None or self.set_columns is not None
-
-    @property
-    def plain_is_apart(self) -> bool:
-        """Whether the softmax at temperature 1 over the full vocabulary is another than the divergence's own."""
-        return self.divergence.temperature != 1 or self.divergence.top_k is not None
+    def gradient(
+        self, student: Tensor, teacher: Tensor, kind: Kind, rows: RowFactors, beta: float, scale: float, buffers: Buffers
+    ) -> None: ...
 
 
-class Buffers:
-    """Named buffers of a chunk's or a block's shape, allocated once: a fresh temporary per chunk costs page faults on CPU."""
-
-    def __init__(self, job: Job, stat_dtype: torch.dtype, device: torch.device) -> None:
-        self.stat_dtype, self.device, self.vocab = stat_dtype, device, job.rows
-        self.block = min(_CPU_BLOCK, job.chunk) if device.type == "cpu" else job.chunk
-        self._chunk = job.chunk
-        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def chunk(self, name: str, tokens: int, dtype: torch.dtype) -> Tensor:
-        """[tokens, V], uninitialised or as last left; tokens at most the chunk size."""
-        return self._get(name, self._chunk, dtype)[:tokens]
-
-    def scratch(self, name: str, like: Tensor) -> Tensor:
-        """Like a block of rows, in the statistics' dtype."""
-        return self._get(name, self.block, self.stat_dtype)[: like.shape[0]]
-
-    def _get(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
-        if (name, dtype) not in self._held:
-            self._held[name, dtype] = torch.empty(rows, self.vocab, dtype=dtype, device=self.device)
-        return self._held[name, dtype]
-
-    def blocks(self, tokens: int) -> Iterator[slice]:
-        for start in range(0, tokens, self.block):
-            yield slice(start, min(start + self.block, tokens))
-
-
-def chunk_rows(student: Tensor, teacher: Tensor, weights: Tensor, results: Tensor, start: int, buffers: Buffers, job: Job) -> None:
+def chunk_rows(
+    student: Tensor, teacher: Tensor, weights: Tensor, results: Tensor, start: int, kernels: Kernels, buffers: Buffers, job: Job
+) -> None:
     """Fills results [5, c] and, when a gradient is wanted, turns student's logits [c, V] into d loss / d student logits.
 
     results: per_token, unclipped, student_logprob, teacher_logprob, teacher_set_mass (the last three only when asked for).
     weights [c]; start: index of the chunk's first token. Destroys teacher's logits. Collective over job.group.
     """
-    (_full if job.top_k is None else _top_k)(student, teacher, weights, results, start, buffers, job)
+    (_full if job.top_k is None else _top_k)(student, teacher, weights, results, start, kernels, buffers, job)
 
 
-def _full(student: Tensor, teacher: Tensor, weights: Tensor, results: Tensor, start: int, buffers: Buffers, job: Job) -> None:
-    divergence, want_grad = job.divergence, job.hidden_grad or job.weight_grad
-    scale = 1 / divergence.temperature
-    parts = []
-    for block in buffers.blocks(student.shape[0]):
-        b, a = student[block], teacher[block]
-        part = _observe(b, a, start + block.start, buffers, job)
-        for x, maximum in ((b, part["max_student"]), (a, part["max_teacher"])):
-            x.sub_(maximum.view(-1, 1))
-            if scale != 1:
-                x.mul_(scale)
-        part.update(_sums(b, a, divergence.kind, buffers))
-        parts.append(part)
-    stats = _gather(parts, job)
+def _full(
+    student: Tensor, teacher: Tensor, weights: Tensor, results: Tensor, start: int, kernels: Kernels, buffers: Buffers, job: Job
+) -> None:
+    kind, beta, scale = job.divergence.kind, job.divergence.beta, 1 / job.divergence.temperature
+    part = _statistics(student, teacher, start, kind, scale, kernels, buffers, job)
+    stats = _gather(part, job)
     shift_s, shift_t = _shift(stats, "student") * scale, _shift(stats, "teacher") * scale  # [R, c]
     weight_s, weight_t = shift_s.exp(), shift_t.exp()
     total_s, total_t = (weight_s * stats["sum_student"]).sum(0), (weight_t * stats["sum_teacher"]).sum(0)  # [c]
     log_s, log_t = total_s.log(), total_t.log()
     own_s, own_t = shift_s[job.rank], shift_t[job.rank]
+    centre = log_s  # unused by forward
+    rows = RowFactors(part["max_student"], part["max_teacher"], log_s - own_s, log_t - own_t, weights, centre)
 
-    if divergence.kind == "forward":
+    if kind == "forward":
         cross = stats["cross"] + stats["sum_teacher"] * (shift_t - shift_s)
         value = (weight_t * cross).sum(0) / total_t + log_s - log_t
-    elif divergence.kind == "reverse":
+    elif kind == "reverse":
         cross = stats["cross"] + stats["sum_student"] * (shift_s - shift_t)
         value = (weight_s * cross).sum(0) / total_s + log_t - log_s
-    else:
-        parts = [
-            _jsd_sums(student[block], teacher[block], (own_s - log_s)[block], (own_t - log_t)[block], divergence.beta, buffers)
-            for block in buffers.blocks(student.shape[0])
-        ]
-        jsd = {name: value.sum(0) for name, value in _gather(parts, job).items()}  # [c]
-        value = divergence.beta * jsd["kl_teacher"] + (1 - divergence.beta) * jsd["kl_student"]
-
-    row = _finish(value, weights, results, stats, job) * scale
-    if not want_grad:
-        return
-    scale_s = row * weight_s[job.rank] / total_s  # e^b * scale_s is q, weighted
-    if divergence.kind == "forward":  # q - p
-        scale_t = -row * weight_t[job.rank] / total_t
-        for block in buffers.blocks(student.shape[0]):
-            student[block].mul_(scale_s[block, None]).addcmul_(teacher[block], scale_t[block, None])
-        return
-    if divergence.kind == "reverse":
-        # q * (log q - log p - KL) = q * (b - a - mean of b - a under q). The mean is taken relative to this rank's maxima, so
-        # that a student sure of one word gets gradient 0 to the last bit, whatever the size of the logits.
+        # The mean is taken relative to this rank's maxima, so that a student sure of one word gets gradient 0 to the last bit,
+        # whatever the size of the logits.
         cross = stats["cross"] + stats["sum_student"] * ((shift_s - shift_t) - (own_s - own_t))
-        centre = -(weight_s * cross).sum(0) / total_s
-    else:  # (1 - beta) * q * (log(q/M) - KL(q‖M)); student holds q, teacher q * log(M/q)
-        centre, scale_s = jsd["kl_student"], -(1 - divergence.beta) * row
-    for block in buffers.blocks(student.shape[0]):
-        teacher[block].addcmul_(student[block], centre[block, None])
-        torch.mul(teacher[block], scale_s[block, None], out=student[block])
-
-
-def _sums(b: Tensor, a: Tensor, kind: str, buffers: Buffers) -> dict[str, Tensor]:
-    """Sums [1, rows] over a block; leaves what the gradient needs in place of b and a (nothing changes for jsd)."""
-    scratch = buffers.scratch("scratch", b)
-    if kind == "forward":  # leaves e^b, e^a
-        torch.sub(a, b, out=scratch)
-        sums = {"sum_student": b.exp_().sum(1), "sum_teacher": a.exp_().sum(1), "cross": scratch.mul_(a).sum(1)}
-    elif kind == "reverse":  # leaves e^b, e^b * (b - a)
-        sum_teacher = torch.exp(a, out=scratch).sum(1)
-        torch.sub(b, a, out=a)
-        sums = {"sum_student": b.exp_().sum(1), "sum_teacher": sum_teacher, "cross": a.mul_(b).sum(1)}
+        centre = (weight_s * cross).sum(0) / total_s
     else:
-        sums = {"sum_student": torch.exp(b, out=scratch).sum(1), "sum_teacher": torch.exp(a, out=scratch).sum(1)}
-    return {name: value[None] for name, value in sums.items()}
+        sums = kernels.jsd_statistics(student, teacher, rows, beta, scale, buffers)
+        jsd = {name: by_rank.sum(0) for name, by_rank in _gather(sums, job).items()}  # [c]
+        value, centre = beta * jsd["kl_teacher"] + (1 - beta) * jsd["kl_student"], jsd["kl_student"]
+
+    weight = _finish(value, weights, results, stats, job) * scale
+    if job.wants_grad:
+        kernels.gradient(student, teacher, kind, replace(rows, weight=weight, centre=centre), beta, scale, buffers)
 
 
-def _jsd_sums(b: Tensor, a: Tensor, shift_s: Tensor, shift_t: Tensor, beta: float, buffers: Buffers) -> dict[str, Tensor]:
-    """KL(p‖M) and KL(q‖M) [1, rows] of this rank's part of the vocabulary; leaves q and q * log(M/q) in place of b and a.
-
-    With d = log p - log q: log(M/q) = log(1 - beta + beta * e^d), exactly 0 at d = 0.
-    """
-    log_q, log_p = b.add_(shift_s[:, None]), a.add_(shift_t[:, None])
-    d = torch.sub(log_p, log_q, out=buffers.scratch("scratch", b)).clamp_(-_JSD_RANGE, _JSD_RANGE)
-    log_mq = torch.expm1(d, out=buffers.scratch("mixture", b)).mul_(beta).log1p_()
-    kl_teacher = d.sub_(log_mq).mul_(log_p.exp_()).sum(1)
-    log_q.exp_()
-    kl_student = -torch.mul(log_q, log_mq, out=a).sum(1)
-    return {"kl_teacher": kl_teacher[None], "kl_student": kl_student[None]}
-
-
-def _top_k(student: Tensor, teacher: Tensor, weights: Tensor, results: Tensor, start: int, buffers: Buffers, job: Job) -> None:
+def _top_k(
+    student: Tensor, teacher: Tensor, weights: Tensor, results: Tensor, start: int, kernels: Kernels, buffers: Buffers, job: Job
+) -> None:
     """Every rank offers its own top k; candidates in order of rank, then id, so that the lowest position is the lowest id."""
     assert job.top_k is not None
-    k, scale = job.top_k, 1 / job.divergence.temperature
-    parts, own_ids = [], []
-    for block in buffers.blocks(student.shape[0]):
-        b, a = student[block], teacher[block]
-        part = _observe(b, a, start + block.start, buffers, job)
-        ids = top_k_ids(a, min(k, job.rows))  # [rows, k], fewer on a rank with fewer rows
-        for name, logits in (("candidates_student", b), ("candidates_teacher", a)):
-            part[name] = logits.new_full((k, ids.shape[0]), _NO_LOGIT)
-            part[name][: ids.shape[1]] = logits.gather(1, ids).t()
-        own_ids.append(ids)
-        parts.append(part)
-    stats = _gather(parts, job)
+    k, scale, forward = job.top_k, 1 / job.divergence.temperature, job.divergence.kind == "forward"
+    blocks = buffers.blocks(student.shape[0])
+    own = torch.cat([top_k_ids(teacher[block], min(k, job.rows)) for block in blocks])  # [c, k], fewer on a rank with fewer rows
+    part = {}
+    for name, logits in (("student", student), ("teacher", teacher)):
+        part[f"candidates_{name}"] = weights.new_full((k, own.shape[0]), NO_LOGIT)
+        part[f"candidates_{name}"][: own.shape[1]] = logits.gather(1, own).t()
+    if job.wants_plain:
+        part |= _statistics(student, teacher, start, "jsd", 1, kernels, buffers, job)  # jsd: the sums alone
+    stats = _gather(part, job)
     candidates_s, candidates_t = (
         stats[f"candidates_{side}"].permute(2, 0, 1).reshape(-1, job.ranks * k) for side in ("student", "teacher")
     )  # [c, R*k]
     chosen = top_k_ids(candidates_t, k)  # [c, k]
     log_q, log_p = ((x.gather(1, chosen) * scale).log_softmax(1) for x in (candidates_s, candidates_t))
     p, q, ratio = log_p.exp(), log_q.exp(), log_p - log_q
-    value = (p * ratio).sum(1) if job.divergence.kind == "forward" else -(q * ratio).sum(1)
-    row = _finish(value, weights, results, stats, job) * scale
-    if not (job.hidden_grad or job.weight_grad):
+    value = (p * ratio).sum(1) if forward else -(q * ratio).sum(1)
+    weight = _finish(value, weights, results, stats, job) * scale
+    if not job.wants_grad:
         return
-    gradient = (q - p if job.divergence.kind == "forward" else -q * (ratio + value[:, None])) * row[:, None]
+    gradient = (q - p if forward else -q * (ratio + value[:, None])) * weight[:, None]
     offered = torch.zeros_like(candidates_s).scatter_(1, chosen, gradient)  # [c, R*k], zero where not chosen
-    own = torch.cat(own_ids)
-    student.zero_().scatter_(1, own, offered[:, job.rank * k : job.rank * k + own.shape[1]])
+    student.zero_().scatter_(1, own, offered[:, job.rank * k : job.rank * k + own.shape[1]].to(student.dtype))
 
 
-def _observe(b: Tensor, a: Tensor, start: int, buffers: Buffers, job: Job) -> dict[str, Tensor]:
-    """Statistics [1, rows] of a block's raw logits, before anything overwrites them."""
+def _statistics(
+    student: Tensor,
+    teacher: Tensor,
+    start: int,
+    kind: Kind,
+    scale: float,
+    kernels: Kernels,
+    buffers: Buffers,
+    job: Job,
+) -> dict[str, Tensor]:
+    """The kernels' statistics [c] of this rank and what was asked for beside the divergence; the kernels overwrite the logits."""
     part = {}
-    for name, logits in (("student", b), ("teacher", a)):
-        part[f"max_{name}"] = logits.amax(1) if job.rows else logits.new_full(logits.shape[:1], _NO_LOGIT)
     if job.targets is not None:
-        local = job.targets[start : start + b.shape[0]] - job.first
+        local = job.targets[start : start + student.shape[0]] - job.first
         held = (local >= 0) & (local < job.rows)
-        for name, logits in (("student", b), ("teacher", a)):
-            part[f"target_{name}"] = logits.new_zeros(logits.shape[0])
+        for name, logits in (("student", student), ("teacher", teacher)):
+            part[f"target_{name}"] = torch.zeros(held.shape, dtype=buffers.stat_dtype, device=held.device)
             if job.rows:
                 found = logits.gather(1, local.clamp(0, job.rows - 1)[:, None]).squeeze(1)
-                part[f"target_{name}"] = found.masked_fill(~held, 0.0)
-    if job.set_columns is not None:
-        part["set_teacher"] = a[:, job.set_columns].sub_(part["max_teacher"][:, None]).exp_().sum(1)
-    if job.wants_plain and job.plain_is_apart:
-        for name, logits in (("student", b), ("teacher", a)):
-            scratch = torch.sub(logits, part[f"max_{name}"][:, None], out=buffers.scratch("scratch", logits))
-            part[f"plain_{name}"] = scratch.exp_().sum(1)
-    return {name: value[None] for name, value in part.items()}
+                part[f"target_{name}"] += found.masked_fill(~held, 0.0)
+    in_set = None if job.set_columns is None else teacher[:, job.set_columns].to(buffers.stat_dtype)  # [c, n]
+    part |= kernels.statistics(student, teacher, kind, scale, job.wants_plain and scale != 1, buffers)
+    if in_set is not None:
+        part["set_teacher"] = (in_set - part["max_teacher"][:, None]).exp_().sum(1)
+    return part
 
 
-def _gather(parts: list[dict[str, Tensor]], job: Job) -> dict[str, Tensor]:
-    """Blocks joined and all ranks' numbers side by side, in one all-gather: [R, c] per name ([R, k, c] for candidates)."""
-    packed = torch.cat([torch.cat(list(part.values())) for part in parts], dim=1)  # [n, c]
+def _gather(part: dict[str, Tensor], job: Job) -> dict[str, Tensor]:
+    """All ranks' numbers side by side, in one all-gather: [R, c] per name, [R, k, c] for candidates."""
+    packed = torch.cat([value.reshape(-1, value.shape[-1]) for value in part.values()])  # [n, c]
     everyone = packed[None]
     if job.group is not None:
         everyone = packed.new_empty(job.ranks, *packed.shape)
         dist.all_gather(list(everyone.unbind()), packed, group=job.group)
-    pieces = everyone.split([value.shape[0] for value in parts[0].values()], dim=1)
-    return {name: piece if name.startswith("candidates") else piece[:, 0] for name, piece in zip(parts[0], pieces, strict=True)}
+    pieces = everyone.split([1 if value.dim() == 1 else value.shape[0] for value in part.values()], dim=1)
+    return {name: piece[:, 0] if part[name].dim() == 1 else piece for name, piece in zip(part, pieces, strict=True)}
 
 
 def _shift(stats: dict[str, Tensor], side: str) -> Tensor:
@@ -248,7 +159,7 @@ def _finish(value: Tensor, weights: Tensor, results: Tensor, stats: dict[str, Te
     results[0] = value if clip is None else value.clamp(max=clip)
     results[1] = value
     if job.wants_plain:
-        kept = "plain" if job.plain_is_apart else "sum"
+        kept = "plain" if "plain_student" in stats else "sum"
         shares = {side: _shift(stats, side).exp() for side in ("student", "teacher")}  # [R, c]
         totals = {side: (share * stats[f"{kept}_{side}"]).sum(0) for side, share in shares.items()}
         if job.targets is not None:

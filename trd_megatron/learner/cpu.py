@@ -14,6 +14,7 @@ import torch
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
+from trd_megatron.divergence.products import onednn_mm
 from trd_megatron.errors import UserError
 
 TESTED_VERSIONS = ("0.16.1",)
@@ -44,17 +45,14 @@ _registrations: list[torch.library.Library] = []  # they hold as long as they ar
 def _multiply_with_onednn() -> None:
     """Routes this process's float32 matrix products through oneDNN.
 
-    torch uses MKL for them, which leaves AVX-512 unused on AMD processors: on two Zen 5 cores MKL reaches 190 GFLOP/s, oneDNN
-    430, in the same float32 arithmetic (other summation order).
+    torch uses MKL for them: on two Zen 5 cores MKL reaches 190 GFLOP/s, oneDNN 430; see divergence/products.py.
     """
     if _registrations or not torch.backends.mkldnn.is_available():
         return
 
     def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        # A transposed left side can end in oneDNN's reference code, a thousand times slower.
-        if a.dtype == torch.float32 and a.stride(1) == 1 and 1 in b.stride() and a.numel() and b.numel():
-            return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-        return torch.ops.aten.mm.out(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+        product = onednn_mm(a, b)
+        return torch.ops.aten.mm.out(a, b, out=a.new_empty(a.shape[0], b.shape[1])) if product is None else product
 
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():

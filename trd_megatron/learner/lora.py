@@ -10,6 +10,7 @@ such parameters carry `sequence_parallel = True` and optimizer.py adds them up o
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
@@ -54,6 +55,7 @@ class AdaptedLinear(torch.nn.Module):
         self.parallel: Parallel = model.parallel
         self.architecture: Architecture = model.architecture
         self.scale = config.alpha / config.rank
+        self.dtype = torch.promote_types(next(base.parameters()).dtype, torch.float32)
         self.names = [f"{prefix}.{name}" for name in PROJECTIONS[kind]]
         self.column = kind in ("linear_qkv", "linear_fc1")
         a = model.architecture
@@ -63,7 +65,8 @@ class AdaptedLinear(torch.nn.Module):
         width = {"linear_proj": attention, "linear_fc2": a.ffn_hidden_size}.get(kind, a.hidden_size)
         self.a = torch.nn.ParameterList(self._initial_a(name, config.rank, width, seed) for name in self.names)
         tp = self.parallel.tp_size if self.column else 1
-        self.b = torch.nn.ParameterList(torch.zeros(out // tp, config.rank, device=self.parallel.device) for out in outs[kind])
+        place: dict[str, Any] = {"device": self.parallel.device, "dtype": self.dtype}
+        self.b = torch.nn.ParameterList(torch.zeros(out // tp, config.rank, **place) for out in outs[kind])
         if self.parallel.sequence_parallel:
             for parameter in self.a if self.column else self.b:
                 parameter.sequence_parallel = True
@@ -75,13 +78,13 @@ class AdaptedLinear(torch.nn.Module):
         full = torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
         if not self.column:
             full = full.chunk(self.parallel.tp_size, dim=1)[self.parallel.tp_rank].contiguous()
-        return torch.nn.Parameter(full.to(self.parallel.device))
+        return torch.nn.Parameter(full.to(self.parallel.device, self.dtype))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         output, bias = self.base(x)
         if not self.enabled:
             return output, bias
-        inner = torch.nn.functional.linear(x.float(), torch.cat(list(self.a)))  # [T or T / tp, 1, projections * rank]
+        inner = torch.nn.functional.linear(x.to(self.dtype), torch.cat(list(self.a)))  # [T or T / tp, 1, projections * rank]
         if self.parallel.tp_size > 1:
             inner = self._exchange(inner)
         outer = [torch.nn.functional.linear(part, b) for part, b in zip(inner.chunk(len(self.b), -1), self.b, strict=True)]

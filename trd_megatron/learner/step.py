@@ -1,11 +1,13 @@
 """One optimizer step's loss and gradients, and the held-out KL: micro-batches in, sums over the global batch out."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
 
-from trd_megatron.divergence import Divergence, KLOutput, linear_kl
+from trd_megatron.config import LearnerConfig
+from trd_megatron.divergence import Backend, Divergence, KLOutput, linear_kl
 from trd_megatron.learner.model import Model
 from trd_megatron.learner.packing import MicroBatch, Sample, deal, micro_batches
 from trd_megatron.learner.parallel import Parallel
@@ -27,15 +29,14 @@ class Sums:
 class Step:
     """Runs batches through teacher, student and loss under one layout."""
 
-    def __init__(self, student: Model, teacher: Teacher, divergence: Divergence, max_tokens: int, chunk_tokens: int) -> None:
-        self.student, self.teacher, self.divergence = student, teacher, divergence
-        self.max_tokens, self.chunk_tokens = max_tokens, chunk_tokens
+    def __init__(self, student: Model, teacher: Teacher, divergence: Divergence, learner: LearnerConfig) -> None:
+        self.student, self.teacher, self.divergence, self.learner = student, teacher, divergence, learner
         self.parallel: Parallel = student.parallel
 
     def _micro_batches(self, samples: list[Sample]) -> list[MicroBatch]:
         mine = deal(samples, self.parallel.dp_size)[self.parallel.dp_rank]
         multiple = self.parallel.tp_size if self.parallel.sequence_parallel else 1
-        return micro_batches(mine, self.max_tokens, multiple, self.parallel.device)
+        return micro_batches(mine, self.learner.max_tokens_per_micro_batch, multiple, self.parallel.device)
 
     def _kl(self, batch: MicroBatch, weight: float) -> KLOutput:
         teacher_hidden = self.teacher.response_hidden(batch.teacher)
@@ -46,11 +47,12 @@ class Step:
             teacher_hidden,
             self.teacher.output_weight,
             self.divergence,
-            token_weights=torch.full((len(batch.student.rows),), weight, device=student_hidden.device),
+            token_weights=torch.full((len(batch.student.rows),), weight, device=student_hidden.device, dtype=torch.float64),
             targets=batch.student.targets,
             vocab_size=self.student.architecture.vocab_size,
             tp_group=self.parallel.tp_group if self.parallel.tp_size > 1 else None,
-            chunk_tokens=self.chunk_tokens,
+            chunk_tokens=self.learner.kl_chunk_tokens,
+            backend=cast(Backend, self.learner.kl_backend),
         )
 
     def run(self, samples: list[Sample], *, backward: bool) -> Sums:

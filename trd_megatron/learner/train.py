@@ -65,7 +65,7 @@ class Trainer:
         self.factors = self.adapters.factors()
         self.optimizer = Optimizer(self.factors, learner, parallel)
         divergence = Divergence(**asdict(config.method.divergence))
-        self.step = Step(self.student, self.teacher, divergence, learner.max_tokens_per_micro_batch, learner.kl_chunk_tokens)
+        self.step = Step(self.student, self.teacher, divergence, learner)
 
     def update(self, batch: list[Sample], rate: float) -> tuple[Sums, float]:
         """One optimizer step; returns the batch's sums and the gradient norm before clipping. Raises NonFiniteError."""

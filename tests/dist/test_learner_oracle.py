@@ -1,0 +1,188 @@
+"""The learner in float64 against another program: Hugging Face models with PEFT adapters, one sequence at a time, whole logits.
+
+Nothing of trd_megatron computes the oracle's figures; it only takes over the adapters' starting values.
+"""
+
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tests import tiny
+from tests.dist import learner_cases as cases
+from tests.dist.ranks import run_ranks
+from trd_megatron.config import Config, load
+from trd_megatron.learner.packing import Sample
+
+METHODS = ("trd", "forward_kl", "forward_kl_clip", "reverse_kl", "reverse_kl_topk")
+STEPS = 10
+RATES = [1e-2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / STEPS))) for step in range(STEPS)]
+ONE: cases.Layout = (1, False, 1)
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TEACHER = {"hidden_size": 48, "intermediate_size": 88, "num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3}
+
+
+def config_of(method: str) -> Config:
+    config = load(["experiment=smoke", f"method={method}"])
+    divergence = config.method.divergence
+    if divergence.clip is not None:  # two random models differ more than the recipe's 0.1 at every token
+        divergence = replace(divergence, clip=2.0)
+    if divergence.top_k is not None:
+        divergence = replace(divergence, top_k=5)
+    return replace(
+        config,
+        method=replace(config.method, divergence=divergence),
+        learner=replace(config.learner, dtype="float64", weight_decay=0.05, clip_grad=0.5),
+    )
+
+
+def random_samples(seed: int) -> list[Sample]:
+    draw = random.Random(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [draw.randrange(259) for _ in range(draw.randrange(low, high))]
+
+    return [Sample(f"p{i}", 0, ids(3, 20), ids(5, 45), ids(1, 25)) for i in range(4 * STEPS)]
+
+
+class Oracle:
+    """A transformers model in float64. Its RMSNorm computes in float32 whatever the model's dtype, so torch's own takes its place."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        for parent in list(self.model.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child).__name__.endswith("RMSNorm"):
+                    norm = torch.nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon, dtype=torch.float64)
+                    norm.weight.data.copy_(child.weight.data)
+                    setattr(parent, name, norm)
+
+    def logits(self, prompt: list[int], response: list[int]) -> Tensor:
+        """[response, V]: row i predicts response token i."""
+        return self.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+
+
+def per_token(student: Tensor, teacher: Tensor, config: Config) -> Tensor:
+    """[response] from logits [response, V], as the paper writes them."""
+    divergence = config.method.divergence
+    if divergence.top_k is not None:
+        kept = teacher.topk(divergence.top_k).indices  # random models have no ties
+        student, teacher = student.gather(1, kept), teacher.gather(1, kept)
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    target, other = (log_p, log_q) if divergence.kind == "forward" else (log_q, log_p)
+    value = (target.exp() * (target - other)).sum(-1)
+    return value if divergence.clip is None else value.clamp(max=divergence.clip)
+
+
+def oracle_steps(case: cases.Case, start: dict[str, Tensor]) -> cases.Steps:
+    _, config, samples, student_path, teacher_path = case
+    learner = config.learner
+    student = Oracle(student_path)
+    lora = LoraConfig(r=learner.lora.rank, lora_alpha=int(learner.lora.alpha), lora_dropout=0.0, target_modules=PROJECTIONS)
+    student.model = get_peft_model(student.model, lora, autocast_adapter_dtype=False)
+    teacher = None if teacher_path is None else Oracle(teacher_path)
+    factors = {
+        name.removeprefix("base_model.model.").replace(".default", ""): parameter
+        for name, parameter in student.model.named_parameters()
+        if parameter.requires_grad
+    }
+    assert factors.keys() == start.keys()
+    with torch.no_grad():
+        for name, parameter in factors.items():
+            parameter.copy_(start[name])
+    adam = torch.optim.AdamW(
+        factors.values(), betas=(learner.adam_beta1, learner.adam_beta2), weight_decay=learner.weight_decay, eps=1e-8
+    )
+    trace: cases.Steps = {"loss": [], "gradients": [], "adapters": [start]}
+    for step, rate in enumerate(RATES):
+        batch = samples[4 * step : 4 * step + 4]
+        losses = []
+        for sample in batch:
+            with torch.no_grad():
+                if teacher is not None:
+                    target = teacher.logits(sample.teacher_prompt_ids, sample.response_ids)
+                else:
+                    with student.model.disable_adapter():
+                        target = student.logits(sample.teacher_prompt_ids, sample.response_ids)
+            losses.append(per_token(student.logits(sample.student_prompt_ids, sample.response_ids), target, config).sum())
+        loss = torch.stack(losses).sum() / sum(len(sample.response_ids) for sample in batch)
+        adam.zero_grad()
+        loss.backward()
+        trace["loss"].append(loss.item())
+        gradients = {name: parameter.grad.clone() for name, parameter in factors.items() if parameter.grad is not None}
+        trace["gradients"].append(gradients)
+        norm = torch.stack([gradient.square().sum() for gradient in gradients.values()]).sum().sqrt()
+        for parameter in factors.values():
+            assert parameter.grad is not None
+            parameter.grad.mul_(min(1.0, learner.clip_grad / norm.item()))
+        adam.param_groups[0]["lr"] = rate
+        adam.step()
+        trace["adapters"].append({name: parameter.detach().clone() for name, parameter in factors.items()})
+    return trace
+
+
+def distance(got: cases.Steps, want: cases.Steps) -> dict[str, float]:
+    """Largest relative difference of a loss; of all gradients and all adapters of a step, in norm."""
+    result = {"loss": max(abs(a - b) / abs(b) for a, b in zip(got["loss"], want["loss"], strict=True))}
+    for what in ("gradients", "adapters"):
+        ratios = []
+        for ours, theirs in zip(got[what], want[what], strict=True):
+            assert ours.keys() == theirs.keys()
+            gap = sum(float((ours[name] - theirs[name]).double().square().sum()) for name in theirs)
+            ratios.append(math.sqrt(gap / sum(float(tensor.double().square().sum()) for tensor in theirs.values())))
+        result[what] = max(ratios)
+    return result
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_ten_steps_equal_transformers_and_peft(architecture: str, tmp_path: Path) -> None:
+    student = tiny.make(architecture, tmp_path / "student")
+    teacher = tiny.make(architecture, tmp_path / "teacher", seed=1, **TEACHER)
+    built: list[cases.Case] = [
+        (f"{method} {mode}", config_of(method), random_samples(7), student, path)
+        for method in METHODS
+        for mode, path in (("opsd", None), ("opd", teacher))
+    ]
+    [ours] = run_ranks(1, cases.traced_steps, built, [(ONE, {})], RATES)[0]
+    for case, got in zip(built, ours, strict=True):
+        for name, gap in distance(got, oracle_steps(case, got["adapters"][0])).items():
+            assert gap < 1e-8, (case[0], name, gap)
+        moved = distance({**got, "adapters": got["adapters"][:1] * (STEPS + 1)}, got)["adapters"]
+        assert moved > 0.1, (case[0], moved)  # the ten steps go somewhere
+
+
+UNPACKED = {"max_tokens_per_micro_batch": 72}  # the longest sample has 44 + 24 tokens: about one sample per micro-batch
+LAYOUTS: dict[int, list[tuple[cases.Layout, dict[str, Any]]]] = {
+    1: [(ONE, UNPACKED), (ONE, {"max_tokens_per_micro_batch": 150, "recompute": True})],
+    2: [((2, False, 1), {}), ((2, True, 1), UNPACKED), ((1, False, 2), UNPACKED)],
+    3: [((3, False, 1), UNPACKED), ((3, True, 1), {"recompute": True}), ((1, False, 3), {})],
+    4: [((4, True, 1), {}), ((2, False, 2), UNPACKED), ((2, True, 2), {"recompute": True}), ((1, False, 4), {})],
+}
+
+
+def test_no_layout_and_no_packing_changes_anything(tmp_path: Path) -> None:
+    sizes = {"num_attention_heads": 24, "num_key_value_heads": 12, "head_dim": 6}  # 12 groups: tensor parallel over 1, 2, 3 or 4
+    student = tiny.make("qwen3", tmp_path / "student", **sizes)
+    teacher = tiny.make("qwen3", tmp_path / "teacher", seed=1, **sizes | {"hidden_size": 48})
+    methods = ("trd", "forward_kl_clip", "reverse_kl_topk")
+    built: list[cases.Case] = [(f"{method} opsd", config_of(method), random_samples(3), student, None) for method in methods]
+    built.append(("trd opd", config_of("trd"), random_samples(3), student, teacher))
+    single = replace(config_of("trd"), learner=replace(config_of("trd").learner, dtype="float32"))
+    built.append(("trd opsd float32", single, random_samples(3), student, None))
+    rates = RATES[:2]
+    [plain] = run_ranks(1, cases.traced_steps, built, [(ONE, {})], rates)[0]
+    for ranks, layouts in LAYOUTS.items():
+        for rank in run_ranks(ranks, cases.traced_steps, built, layouts, rates):
+            for (place, changes), traces in zip(layouts, rank, strict=True):
+                for case, got, want in zip(built, traces, plain, strict=True):
+                    if "float32" in case[0]:  # the first step: after it Adam has blown rounding up to the size of an update
+                        got, want = ({name: values[:1] for name, values in trace.items()} for trace in (got, want))
+                    for name, gap in distance(got, want).items():
+                        assert gap < (1e-5 if "float32" in case[0] else 1e-8), (case[0], place, changes, name, gap)

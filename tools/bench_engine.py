@@ -1,6 +1,9 @@
-"""Benchmark of the local engine against model.generate; see trd_megatron/bench/engine.py or --help."""
+"""Benchmark of the local engine against model.generate: `trd bench engine` with the same flags."""
 
-from trd_megatron.bench.engine import main
+import sys
+
+from trd_megatron.cli import main
 
 if __name__ == "__main__":
+    sys.argv[1:1] = ["bench", "engine"]
     main()

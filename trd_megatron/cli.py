@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
+import typer.core
 from rich.table import Table
 from rich.text import Text
 
@@ -102,6 +103,8 @@ def _result(stage: str, counts: dict[str, Any]) -> str:
         change = f" ({100 * (after / before - 1):+.1f} %)" if before else ""
         return f"{counts['steps']} steps, held-out KL {before:.4f} -> {after:.4f}{change}"
     if stage.startswith("export"):
+        if "adapter_parameters" not in counts:
+            return f"step {counts['step']}, every parameter"
         return f"step {counts['step']}, {counts['adapter_parameters']:,} adapter parameters{' merged' if stage == 'export/hf' else ''}"
     if stage.startswith("evaluate"):
         return "; ".join(f"{name}: Avg@{c['k']} {c['avg_at_k']:.1f}, Pass@{c['k']} {c['pass_at_k']:.1f}" for name, c in counts.items())
@@ -154,6 +157,132 @@ def doctor() -> None:
     output.print(checks.table())
 
 
+class _SpacedValues(typer.core.TyperCommand):
+    """Reads `--tokens 32 64` as `--tokens 32 --tokens 64`. For commands without arguments."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeatable = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
+        words: list[str] = []
+        option, values = "", 0
+        for word in args:
+            if word.startswith("--"):
+                option, values = word, 0
+            elif option in repeatable:
+                words += [option] if values else []
+                values += 1
+            words.append(word)
+        return super().parse_args(ctx, words)
+
+
+bench = typer.Typer(
+    no_args_is_help=True, rich_markup_mode="rich",
+    help="Measure this machine: the loss against other ways to compute it, the embedded engine against plain generate.",
+)  # fmt: skip
+app.add_typer(bench, name="bench")
+_SIZES = {"tokens": [256, 512, 1024, 2048], "lengths": [64]}
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.", show_default="PyTorch's own choice")]
+
+
+@bench.command("kl", cls=_SpacedValues)
+def bench_kl(
+    sides: Annotated[list[str] | None, typer.Option(metavar="SIDE...", help="What to compare.", show_default="all of the above")] = None,
+    tokens: Annotated[list[int], typer.Option(metavar="T...", min=1, help="Numbers of tokens, one table each.")] = _SIZES["tokens"],
+    hidden: Annotated[int, typer.Option(help="Size of the hidden states, of student and teacher.")] = 1024,
+    vocab: Annotated[int, typer.Option(help="Size of the vocabulary.")] = 151_936,
+    chunk: Annotated[int, typer.Option(help="Tokens per chunk of the products; linear_kl keeps its own default.")] = 256,
+    threads: Threads = None,
+    repeats: Annotated[int, typer.Option(help="Timed calls of each side, after one that is not timed.")] = 3,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    ranks: Annotated[int, typer.Option(help="If above 1, also linear_kl over so many ranks, each with its part of the vocabulary.")] = 1,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where bench_kl.json and bench_kl.png go.")] = Path("runs/bench_kl"),
+) -> None:
+    """Time and memory of the distillation loss: forward KL over the vocabulary and its gradient in the student's hidden states.
+
+    [bold]Sides[/bold], all with the same data, sizes, threads and frozen output layers:
+
+      products: only the three matrix products of each chunk, with torch.mm: the floor
+
+      products_fast: the same products as linear_kl calls them
+
+      linear_kl: this package's loss, as the learner calls it
+
+      plain: log_softmax of whole logits, kl_div, autograd
+
+      trl: TRL's GKDTrainer.generalized_jsd_loss on whole logits
+
+      liger, liger_eager: Liger's LigerFusedLinearJSDLoss, compiled as it ships and not compiled
+
+      top64, linear_kl_top64: KL over the teacher's 64 likeliest ids, from whole logits (as NeMo-RL does) and with linear_kl
+
+    TRL and Liger: pip install 'trd_megatron\\[bench]'. Without them the tables say so.
+
+    Sides run one at a time in processes of their own and take turns; time is the median of the timed calls. Memory is the highest
+    moment above what was there before the first call. Sides that compute the same loss must agree on it. At the default sizes
+    trl needs 11 GB.
+
+    [bold]Examples[/bold]
+
+      trd bench kl
+
+      trd bench kl --tokens 256 512 --sides linear_kl plain --ranks 2
+
+      trd bench kl --device cuda --dtype bfloat16 --tokens 4096
+    """
+    import torch
+
+    from trd_megatron.bench import kl, kl_report
+
+    settings = kl.Settings(
+        sides=list(dict.fromkeys(sides or kl.SIDES)),
+        tokens=sorted(set(tokens)),
+        hidden=hidden,
+        vocab=vocab,
+        chunk=chunk,
+        threads=threads or torch.get_num_threads(),
+        repeats=repeats,
+        dtype=dtype,
+        device=device,
+        ranks=ranks,
+    )
+    console.print(settings.title, highlight=False)
+    try:
+        kl.benchmark(settings, out, lambda rows: output.print(kl_report.table(rows)))
+    except kl.DisagreementError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail(f"interrupted; finished tables are kept in {out}", 130)
+    console.print(f"figures: {out / 'bench_kl.json'}, {out / 'bench_kl.png'}", highlight=False)
+
+
+@bench.command("engine", cls=_SpacedValues)
+def bench_engine(
+    model: Annotated[str, typer.Option(help="Folder, hub id or builtin:NAME.")] = "builtin:smollm2-135m-instruct",
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once, of both.")] = 32,
+    prompts: Annotated[int, typer.Option(min=1, help="Distinct prompts, of random ids.")] = 32,
+    lengths: Annotated[list[int], typer.Option(metavar="N...", min=1, help="Prompt lengths in tokens, in turn.")] = _SIZES["lengths"],
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens drawn for each sample.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds, after a short one that is not timed.")] = 3,
+    threads: Threads = None,
+) -> None:
+    """Tokens per second of the embedded engine and of plain model.generate: same model, prompts, sampling and number of tokens.
+
+    Float32 on the CPU, in one process, taking turns; the figures are medians over the rounds.
+
+    [bold]Examples[/bold]
+
+      trd bench engine
+
+      trd bench engine --prompts 8 --samples 4
+
+      trd bench engine --lengths 20 40 60 80 --threads 2
+    """
+    from trd_megatron.bench import engine
+
+    engine.run(model, batch_size, prompts, lengths, samples, max_new_tokens, repeats, threads)
+
+
 def _print_keys() -> None:
     from trd_megatron.config import conf_dir, groups, leaves, options
 
@@ -182,6 +311,8 @@ def main() -> None:
         _fail("interrupted; the same command goes on where it stopped", 130)
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error; typer brings click along under a private name
+            if not error.format_message():  # nothing was asked, the help is printed
+                sys.exit(2)
             _fail(error.format_message(), 2)
         from trd_megatron.learner.job import LearnerFailedError
 

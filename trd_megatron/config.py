@@ -115,18 +115,25 @@ class VerifyConfig:
 
 @dataclass
 class LoraConfig:
-    rank: int = opt(64, "Rank of the adapters on q, k, v, o, gate, up and down.")
+    rank: int = opt(64, "Rank of the adapters.")
     alpha: float = opt(128.0, "The adapters' output is scaled by alpha / rank.")
+    dropout: float = opt(0.0, "Share of the adapters' inputs that are dropped in training.")
+    targets: list[str] = opt(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "Linear layers that get an adapter."
+    )
 
 
 @dataclass
 class LearnerConfig:
     device: str = opt("cuda", "cpu (gloo) or cuda (nccl).", choices=("cpu", "cuda"))
-    dtype: str = opt("bfloat16", "Base weights and activations; adapters are float32 (float64 with it).", choices=("float64", "float32", "bfloat16"))
+    dtype: str = opt(
+        "bfloat16", "Base weights and activations; adapters are float32 (float64 with it).", choices=("float64", "float32", "bfloat16")
+    )
     tensor_model_parallel_size: int = opt(1, "Ranks that share every layer.", layout=True)
     sequence_parallel: bool = opt(False, "Also split activations between layers over these ranks.", layout=True)
     data_parallel_size: int = opt(1, "Copies of the model that share a global batch.", layout=True)
     max_tokens_per_micro_batch: int = opt(38912, "Tokens packed into one forward of the teacher or the student.", layout=True)
+    trainable: str = opt("lora", "lora: adapters on a frozen model. full: every parameter.", choices=("lora", "full"))
     recompute: bool = opt(True, "Recompute the student's layers in backward instead of keeping their activations.", layout=True)
     kl_chunk_tokens: int = opt(512, "Rows of logits held at once by the loss.", layout=True)
     kl_backend: str = opt(
@@ -343,6 +350,19 @@ UNIT_INTERVAL = (
 RESERVED_KWARGS = ("conversation", "tokenize", "add_generation_prompt", "chat_template", "return_dict", "return_tensors")  # fmt: skip
 
 
+def _check_lora(lora: LoraConfig) -> None:
+    if lora.rank < 1:
+        raise UserError("learner.lora.rank must be at least 1")
+    if not 0 <= lora.dropout < 1:
+        raise UserError(f"learner.lora.dropout={lora.dropout}: must be 0 or above and below 1")
+    known = LoraConfig().targets
+    for target in lora.targets:
+        if target not in known:
+            raise UserError(f"learner.lora.targets: no layer named '{target}', {_nearest(target, known)} known: {', '.join(known)}")
+    if not lora.targets or len(set(lora.targets)) < len(lora.targets):
+        raise UserError("learner.lora.targets needs at least one layer, each once")
+
+
 def check(config: Config) -> None:
     """Cross-checks. Raises UserError that names the key to change."""
     for key, f in leaves():
@@ -406,8 +426,7 @@ def check(config: Config) -> None:
             f"learner.max_tokens_per_micro_batch={learner.max_tokens_per_micro_batch} is below the longest sequence, "
             f"the prompt budget plus {'refine' if trained is config.refine else 'rollout'}.max_response_tokens = {longest}"
         )
-    if learner.lora.rank < 1:
-        raise UserError("learner.lora.rank must be at least 1")
+    _check_lora(learner.lora)
     divergence = config.method.divergence
     if not 0 < divergence.beta < 1:
         raise UserError(f"method.divergence.beta={divergence.beta}: must lie between 0 and 1, both excluded")

@@ -51,7 +51,7 @@ STAGES = (
         ("rollout", "refine"), reads_student=True, reads_teacher=True,
     ),
     Stage("export/adapter", "adapter", export.run_adapter, ("export", "learner.lora"), ("train",)),
-    Stage("export/hf", "hf", export.run_merged, ("export", "learner.lora"), ("train",), reads_student=True),
+    Stage("export/hf", "hf", export.run_hf, ("export", "learner.lora"), ("train",), reads_student=True),
     Stage("evaluate/base", "eval/base", evaluate.run_base, ("evaluate", *_PROMPT), ("prepare",), reads_student=True, reads_benchmarks=True),
     Stage("evaluate/student", "eval/student", evaluate.run_student, ("evaluate", *_PROMPT), ("export/hf",), reads_benchmarks=True),
     Stage("report", "report", report.run, ("name",), ("rollout", "refine", "train", "evaluate/base", "evaluate/student"), kept=False),
@@ -60,8 +60,13 @@ GROUPS = tuple(dict.fromkeys(stage.group for stage in STAGES))
 
 
 def wanted(config: Config) -> list[Stage]:
-    """The stages of this configuration: a method that trains on y_o needs no refinement."""
-    return [stage for stage in STAGES if stage.name != "refine" or config.method.trajectory == "refined"]
+    """The stages of this configuration: a method that trains on y_o needs no refinement, a fully trained model has no adapter."""
+    unwanted = set()
+    if config.method.trajectory != "refined":
+        unwanted.add("refine")
+    if config.learner.trainable == "full":
+        unwanted.add("export/adapter")
+    return [stage for stage in STAGES if stage.name not in unwanted]
 
 
 @cache

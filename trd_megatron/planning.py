@@ -12,7 +12,7 @@ from rich.text import Text
 from trd_megatron import preflight
 from trd_megatron.builtin_models import resolve_model
 from trd_megatron.chat import Chat, coloured, sequence
-from trd_megatron.config import Config, from_dict
+from trd_megatron.config import Config, LoraConfig, from_dict
 from trd_megatron.convert.architecture import Architecture
 from trd_megatron.errors import UserError
 from trd_megatron.learner.checkpoint_files import saved_steps
@@ -22,7 +22,7 @@ from trd_megatron.run_dir import Manifest, RunDir, read_config
 from trd_megatron.stages import prepare
 from trd_megatron.stages.train import build_samples
 
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 MEANING = {
     "done": "[green]cached[/green], would be skipped",
     "running": "[yellow]begun[/yellow], would go on",
@@ -72,16 +72,21 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
     learner, engine = config.learner, config.engine
     tp = learner.tensor_model_parallel_size
     width = BYTES[learner.dtype]
-    adapter = adapter_parameters(student, learner.lora.rank)
-    held = student.parameter_count() + (teacher.parameter_count() if config.teacher.path else 0)
+    full = learner.trainable == "full"
+    trained = student.parameter_count() if full else adapter_parameters(student, learner.lora)
+    # Full training in OPSD keeps a frozen copy of the starting weights as the teacher.
+    held = student.parameter_count() + (teacher.parameter_count() if config.teacher.path or full else 0)
     # Under sequence parallelism or not, A of a column layer and B of a row layer are replicated; counting all as cut is a lower bound.
-    learner_bytes = held * width / tp + adapter * 16 / tp + 2 * learner.kl_chunk_tokens * student.padded_vocab_size(tp) / tp * 4
+    # Gradients on every rank; two moments (and in half precision a float32 copy) dealt over the data-parallel ranks.
+    state = 12 if width < 4 else 8 if width == 4 else 16
+    trained_bytes = trained * (width if full else max(width, 4) * 2) + trained * state / learner.data_parallel_size
+    learner_bytes = held * width / tp + trained_bytes / tp + 2 * learner.kl_chunk_tokens * student.padded_vocab_size(tp) / tp * 4
     generating = (config.rollout, config.refine, config.evaluate)
     longest = max(section.max_prompt_tokens + section.max_response_tokens for section in generating)
     cache = 2 * teacher.num_layers * teacher.num_query_groups * teacher.head_dim * BYTES[engine.dtype] * longest * engine.batch_size
     engine_bytes = max(student.parameter_count(), teacher.parameter_count()) * BYTES[engine.dtype] + cache
-    checkpoints = learner.keep_checkpoints * adapter * 12
-    disk = checkpoints + student.parameter_count() * 4 + adapter * 4
+    checkpoints = learner.keep_checkpoints * trained * 12
+    disk = checkpoints + student.parameter_count() * 4 + (0 if full else trained * 4)
     place = run_dir.path
     while not place.exists():
         place = place.parent
@@ -95,7 +100,9 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
     )
     if config.teacher.path:
         table.add_row("teacher", f"{teacher.parameter_count():,} parameters", f"{teacher.model_type}, {teacher.num_layers} layers")
-    table.add_row("adapters", f"{adapter:,} parameters", f"rank {learner.lora.rank}, float32, with AdamW's two moments")
+    lora = learner.lora
+    note = "all of the student" if full else f"adapters of rank {lora.rank} on {', '.join(lora.targets)}; dropout {lora.dropout:g}"
+    table.add_row("trained", f"{trained:,} parameters", note)
     if (run_dir.problems / "manifest.json").exists():
         manifest = Manifest.read(run_dir.problems)
         if manifest is not None and manifest.status == "done":
@@ -103,7 +110,7 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
     table.add_row(
         "memory per learner rank",
         f"at least {gib(learner_bytes)}",
-        "weights, adapters, optimizer, one chunk of logits; activations come on top",
+        "weights, what is trained, optimizer, one chunk of logits; activations come on top",
     )
     table.add_row(
         "memory of the engine", f"at most {gib(engine_bytes)}", f"weights and the cache of {engine.batch_size} sequences of full length"
@@ -113,7 +120,7 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
     table.add_row(
         "disk for the run",
         f"about {gib(disk)}",
-        f"{learner.keep_checkpoints} checkpoints and the merged model; {gib(free)} free at {place}",
+        f"{learner.keep_checkpoints} checkpoints and the exported model; {gib(free)} free at {place}",
     )
     if disk > free:
         table.add_row(
@@ -124,13 +131,13 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
     return table
 
 
-def adapter_parameters(architecture: Architecture, rank: int) -> int:
-    """LoRA parameters on q, k, v, o, gate, up and down of every layer."""
+def adapter_parameters(architecture: Architecture, lora: LoraConfig) -> int:
+    """LoRA parameters on the targeted linears of every layer."""
     a = architecture
     attention, kv = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    shapes = [(a.hidden_size, attention), (a.hidden_size, kv), (a.hidden_size, kv), (attention, a.hidden_size)]
-    shapes += [(a.hidden_size, a.ffn_hidden_size)] * 3
-    return a.num_layers * rank * sum(width + height for width, height in shapes)
+    outputs = {"q_proj": attention, "k_proj": kv, "v_proj": kv, "o_proj": attention}
+    sizes = {name: a.hidden_size + outputs.get(name, a.ffn_hidden_size) for name in lora.targets}
+    return a.num_layers * lora.rank * sum(sizes.values())
 
 
 def sample(config: Config) -> Text:

@@ -9,12 +9,13 @@ import torch
 
 from trd_megatron.config import Config, LearnerConfig
 from trd_megatron.convert.adapter import merge
-from trd_megatron.learner import cpu
-from trd_megatron.learner.lora import Factor
+from trd_megatron.learner import checkpoint, cpu
+from trd_megatron.learner.checkpoint_files import saved_steps
 from trd_megatron.learner.model import Model
 from trd_megatron.learner.packing import Sample, pack
 from trd_megatron.learner.parallel import Parallel, setup
 from trd_megatron.learner.train import NonFiniteError, Trainer, train
+from trd_megatron.learner.trained import Trained
 
 Case = tuple[str, Config, list[Sample], Path, Path | None]
 
@@ -27,9 +28,7 @@ def start(config: LearnerConfig) -> Parallel:
 def layout(config: Config, tp: int, sp: bool, dp: int, **changes: Any) -> Config:
     return replace(
         config,
-        learner=replace(
-            config.learner, tensor_model_parallel_size=tp, sequence_parallel=sp, data_parallel_size=dp, **changes
-        ),
+        learner=replace(config.learner, tensor_model_parallel_size=tp, sequence_parallel=sp, data_parallel_size=dp, **changes),
     )
 
 
@@ -49,7 +48,7 @@ def _three_steps(case: Case, place: Layout, changes: dict[str, Any]) -> list[tup
     rows = []
     for step in range(3):
         batch = samples[5 * step : 5 * step + 5]
-        sums, norm = trainer.update(batch, 1e-2)
+        sums, norm = trainer.update(batch, 1e-2, step + 1)
         rows.append((sums.loss / sums.tokens, sums.kl / sums.tokens, norm, trainer.held_out_kl(samples[-4:])))
     return rows
 
@@ -60,13 +59,13 @@ def poisoned(rank: int, case: Case, place: Layout) -> tuple[str, bool]:
     config = layout(config, *place)
     trainer = Trainer(config, student, teacher, start(config.learner))
     with torch.no_grad():
-        trainer.factors[0].parameter[0, 0] = float("nan")
-    before = [factor.parameter.clone() for factor in trainer.factors]
+        trainer.optimizer.trained[0].parameter[0, 0] = float("nan")
+    before = [factor.parameter.clone() for factor in trainer.optimizer.trained]
     try:
-        trainer.update(samples[:3], 1e-2)
+        trainer.update(samples[:3], 1e-2, 1)
     except NonFiniteError as error:
-        kept = all(torch.equal(a.nan_to_num(7), f.parameter.nan_to_num(7)) for a, f in zip(before, trainer.factors, strict=True))
-        return str(error), kept and all(factor.parameter.grad is None for factor in trainer.factors)
+        kept = all(torch.equal(a.nan_to_num(7), f.parameter.nan_to_num(7)) for a, f in zip(before, trainer.optimizer.trained, strict=True))
+        return str(error), kept and all(factor.parameter.grad is None for factor in trainer.optimizer.trained)
     return "", False
 
 
@@ -91,7 +90,7 @@ def logits(rank: int, config: Config, folders: list[Path], ids: list[list[int]],
 
 
 def _logits(model: Model, parallel: Parallel, ids: list[list[int]]) -> list[torch.Tensor]:
-    packing = pack([one[:1] for one in ids], [one[1:] for one in ids], parallel.tp_size, parallel.device)
+    packing = pack([one[:1] for one in ids], [one[1:] for one in ids], parallel.tp_size, parallel.device, [0] * len(ids))
     with torch.no_grad():
         local = model.hidden_states(packing) @ model.output_weight.T
         parts = [torch.empty_like(local) for _ in range(parallel.tp_size)]
@@ -106,7 +105,7 @@ def student_against_merged(rank: int, config: Config, folder: Path, ids: list[li
     config = layout(config, *place)
     trainer = Trainer(config, folder, None, start(config.learner))
     factors = {}
-    for factor in trainer.factors:
+    for factor in trainer.optimizer.trained:
         whole = torch.randn(factor.parameter.shape, generator=torch.Generator().manual_seed(rank)) * 0.1
         if factor.shard_dim is None:  # replicated: rank 0's values everywhere
             whole = torch.randn(factor.parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1
@@ -114,11 +113,22 @@ def student_against_merged(rank: int, config: Config, folder: Path, ids: list[li
             factor.parameter.copy_(whole)
         parts = [torch.empty_like(whole) for _ in range(tp)]
         torch.distributed.all_gather(parts, whole, group=trainer.parallel.tp_group)
-        factors[factor.name] = whole if factor.shard_dim is None else torch.cat(parts, dim=factor.shard_dim)
+        factors[factor.names[0]] = whole if factor.shard_dim is None else torch.cat(parts, dim=factor.shard_dim)
     if rank == 0:
         merge(folder, factors, config.learner.lora.alpha / config.learner.lora.rank, out / "merged")
         torch.save(factors, out / "factors.pt")
     return _logits(trainer.student, trainer.parallel, ids)
+
+
+def train_and_score(rank: int, case: Case, folder: Path, place: Layout) -> list[torch.Tensor]:
+    """The whole training loop into `folder`, then one more trainer that loads its last checkpoint: the student's logits of the samples."""
+    _, config, samples, student, teacher = case
+    config = layout(config, *place)
+    train(config, folder, samples, student, teacher, start(config.learner))
+    trainer = Trainer(config, student, teacher, start(config.learner))
+    step = saved_steps(folder / "checkpoints")[-1]
+    checkpoint.load(folder / "checkpoints", step, trainer.optimizer, trainer.parallel)
+    return _logits(trainer.student, trainer.parallel, [s.student_prompt_ids + s.response_ids for s in samples])
 
 
 Steps = dict[str, Any]  # loss [steps], gradients and adapters: per step {name: the whole tensor}
@@ -136,7 +146,7 @@ def _traced_steps(case: Case, place: Layout, changes: dict[str, Any], rates: lis
     trace: Steps = {"loss": [], "gradients": [], "adapters": [_whole(trainer, lambda factor: factor.parameter)]}
     for step, rate in enumerate(rates):
         batch = samples[4 * step : 4 * step + 4]
-        sums = trainer.step.run(batch, backward=True)
+        sums = trainer.step.run(batch, backward=True, number=step + 1)
         trainer.optimizer.reduce_gradients()
         trace["loss"].append(sums.loss / sums.tokens)
         trace["gradients"].append(_whole(trainer, lambda factor: factor.parameter.grad))
@@ -145,12 +155,15 @@ def _traced_steps(case: Case, place: Layout, changes: dict[str, Any], rates: lis
     return trace
 
 
-def _whole(trainer: Trainer, of: Callable[[Factor], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Factor name -> the tensor `of` gives for it, its parts joined over the tensor-parallel group."""
+def _whole(trainer: Trainer, of: Callable[[Trained], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Name -> the tensor `of` gives for it, its parts joined over the tensor-parallel group."""
     joined = {}
-    for factor in trainer.factors:
-        part = of(factor).detach().contiguous()
-        parts = [torch.empty_like(part) for _ in range(trainer.parallel.tp_size)]
-        torch.distributed.all_gather(parts, part, group=trainer.parallel.tp_group)
-        joined[factor.name] = part.clone() if factor.shard_dim is None else torch.cat(parts, dim=factor.shard_dim)
+    for factor in trainer.optimizer.trained:
+        for name, part in factor.split(of(factor).detach()).items():
+            part = part.contiguous()
+            parts = [torch.empty_like(part) for _ in range(trainer.parallel.tp_size)]
+            torch.distributed.all_gather(parts, part, group=trainer.parallel.tp_group)
+            joined[name] = part.clone() if factor.shard_dim is None else torch.cat(parts, dim=factor.shard_dim)
+            if factor.entry is not None and factor.entry.kind == "vocab":
+                joined[name] = joined[name][: trainer.student.architecture.vocab_size]
     return joined

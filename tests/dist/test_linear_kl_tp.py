@@ -114,9 +114,7 @@ def run_case(rank: int, world_size: int, case: Case) -> dict[str, Any]:
     problem["student_hidden"].requires_grad_()
     problem["student_weight"].requires_grad_(case.train_weight)
     with Recorder() as recorder:
-        got = linear_kl(
-            **problem, divergence=case.divergence, vocab_size=case.vocab, tp_group=dist.group.WORLD, chunk_tokens=case.chunk
-        )
+        got = linear_kl(**problem, divergence=case.divergence, vocab_size=case.vocab, tp_group=dist.group.WORLD, chunk_tokens=case.chunk)
         (got.loss * 3).backward()
     return {
         "output": {name: None if value is None else value.detach() for name, value in vars(got).items()},
@@ -209,7 +207,7 @@ def test_no_rank_holds_more_than_a_chunk_of_logits(runs: list[tuple[Case, list[d
     for case, ranks in runs:
         if case.tokens == 513 and (case.divergence.top_k or 0) <= 8:
             seen += 1
-            limit = max(case.chunk * PADDED // len(ranks), case.chunk * len(ranks) * (2 * (case.divergence.top_k or 0) + 9))
+            limit = max(case.chunk * PADDED // len(ranks), case.chunk * len(ranks) * (2 * (case.divergence.top_k or 0) + 10))
             assert all(rank["largest"] <= limit < 513 * case.vocab for rank in ranks), (case, limit, ranks[0]["largest"])
     assert seen
 
@@ -230,9 +228,7 @@ def test_the_tie_cases_have_ties_at_the_border(runs: list[tuple[Case, list[dict[
             at_border = logits.topk(k + 1).values[:, -2:]
             holders = (logits == at_border[:, :1]).reshape(case.tokens, -1).float()
             rows = PADDED // len(ranks)
-            across = (
-                (holders[:, :rows].any(1) & holders[:, rows:].any(1)) if case.vocab > rows else torch.ones(case.tokens).bool()
-            )
+            across = (holders[:, :rows].any(1) & holders[:, rows:].any(1)) if case.vocab > rows else torch.ones(case.tokens).bool()
             assert ((at_border[:, 0] == at_border[:, 1]) & across).any(), case
 
 

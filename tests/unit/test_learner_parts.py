@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny
-from trd_megatron.config import LearnerConfig, load
+from trd_megatron.config import LearnerConfig, LoraConfig, load
 from trd_megatron.convert.adapter import merge, read_factors
 from trd_megatron.convert.architecture import Architecture
 from trd_megatron.convert.mapping import entries, expected_shapes, fuse_qkv, shard
@@ -89,14 +89,14 @@ def sample(student: int, teacher: int, response: int, name: str = "p") -> Sample
 
 
 def test_rows_predict_their_targets() -> None:
-    packing = pack([[1, 2, 3], [4]], [[5, 6], [7, 8]], 4, CPU)
+    packing = pack([[1, 2, 3], [4]], [[5, 6], [7, 8]], 4, CPU, [11, 12])
     assert packing.ids.tolist() == [1, 2, 3, 5, 6, 4, 7, 8]
     assert packing.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert packing.cu_seqlens.tolist() == [0, 5, 8]
     assert packing.rows.tolist() == [2, 3, 5, 6]
     assert packing.targets.tolist() == [5, 6, 7, 8]
     assert packing.ids[packing.rows + 1].tolist() == packing.targets.tolist()
-    padded = pack([[1, 2, 3]], [[5, 6]], 4, CPU)
+    padded = pack([[1, 2, 3]], [[5, 6]], 4, CPU, [11])
     assert padded.cu_seqlens.tolist() == [0, 5, 8]  # padding is a segment of its own
     assert padded.rows.tolist() == [2, 3]
 
@@ -227,7 +227,7 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path) -> None:
 
 def test_adapter_size_is_what_training_makes() -> None:
     architecture = Architecture("qwen3", 2, 48, 96, 4, 2, 16, 259, 4096, 1e-6, 1e4, None, True, False, True)
-    assert adapter_parameters(architecture, 4) == 6528  # as the smoke experiment exports
+    assert adapter_parameters(architecture, LoraConfig(rank=4)) == 6528  # as the smoke experiment exports
 
 
 def test_torn_metrics_lines_are_left_out(tmp_path: Path) -> None:

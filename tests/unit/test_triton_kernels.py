@@ -16,8 +16,10 @@ from tests.unit.test_divergence import CLIP, PADDED, VOCAB, assert_gradient, ass
 from trd_megatron.divergence import Divergence, linear_kl, torch_kernels
 from trd_megatron.divergence.job import NO_LOGIT, Buffers, RowFactors
 
-triton = pytest.importorskip("triton")
-from trd_megatron.divergence import triton_kernels  # noqa: E402
+pytest.importorskip("triton")
+import triton
+
+from trd_megatron.divergence import triton_kernels
 
 pytestmark = [
     pytest.mark.skipif(not triton_kernels.INTERPRETED, reason="triton compiles for the GPU here: see tests/gpu/test_kl_cuda.py"),
@@ -41,7 +43,7 @@ def on_triton(tokens: int, dtype: torch.dtype = torch.float32, **change: Any) ->
 
 
 def buffers(vocab: int = VOCAB, chunk: int = 4) -> Buffers:
-    return Buffers(SimpleNamespace(rows=vocab, chunk=chunk), torch.float32, torch.float32, torch.device("cpu"))
+    return Buffers(SimpleNamespace(rows=vocab, chunk=chunk), torch.float32, torch.device("cpu"))
 
 
 def random_logits(tokens: int, vocab: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -221,7 +223,7 @@ def test_a_rank_without_rows_gives_empty_sums(kind: Any, scale: float) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_gradient_writes_and_only_inside_strided_rows(kind: Any, small_tile: None) -> None:
-    wide_student, wide_teacher = random_logits(4, VOCAB + 9, torch.bfloat16)
+    wide_student, wide_teacher = random_logits(4, VOCAB + 9, torch.bfloat16)[0], random_logits(4, VOCAB + 20, torch.bfloat16)[1]
     student, teacher = wide_student[:, 4 : 4 + VOCAB], wide_teacher[:, :VOCAB]
     before_student, before_teacher = wide_student.clone(), wide_teacher.clone()
     _, want = run_kernels(torch_kernels, student.float(), teacher.float(), kind, 1.0)

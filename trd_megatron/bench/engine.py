@@ -4,7 +4,6 @@ Both load the model by themselves, ignore the end-of-turn token (so that both dr
 so that what else the machine does hits both. The figure is the median over the repeats.
 """
 
-import argparse
 import random
 import statistics
 import time
@@ -94,25 +93,13 @@ def _plain_batch(model: Any, prompts: list[list[int]], new_tokens: int) -> int:
     return output[:, length:].numel()
 
 
-def main() -> None:
-    """Command line of the benchmark."""
-    parser = argparse.ArgumentParser(description="Tokens per second of the local engine and of plain model.generate.")
-    parser.add_argument("--model", default="builtin:smollm2-135m-instruct", help="folder, hub id or builtin:NAME")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--prompts", type=int, default=32, help="distinct prompts")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64], help="prompt lengths in tokens, in turn")
-    parser.add_argument("--samples", type=int, default=1, help="samples of each prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    path = resolve_model(arguments.model)
+def run(
+    model: str, batch_size: int, prompts: int, lengths: list[int], samples: int, max_new_tokens: int, repeats: int, threads: int | None
+) -> None:
+    """`trd bench engine`. model: folder, hub id or builtin:NAME. prompts: distinct ones. threads: None for torch's own choice."""
+    if threads:
+        torch.set_num_threads(threads)
+    path = resolve_model(model)
     vocab_size = load_model(path, torch.float32).config.vocab_size
-    prompts = random_prompts(arguments.prompts, arguments.lengths, arguments.samples, vocab_size)
-    benchmark(path, arguments.batch_size, prompts, max_new_tokens=arguments.max_new_tokens, repeats=arguments.repeats)
-
-
-if __name__ == "__main__":
-    main()
+    ids = random_prompts(prompts, lengths, samples, vocab_size)
+    benchmark(path, batch_size, ids, max_new_tokens=max_new_tokens, repeats=repeats)

@@ -1,21 +1,16 @@
 """A trained adapter out of a Megatron distributed checkpoint: as a PEFT folder, and merged into the base model."""
 
 import re
-import shutil
-import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from trd_megatron.convert.safe_metadata import SafeReader
+from trd_megatron.convert.parameters import copy_companions, read_tensors
 from trd_megatron.errors import UserError
 
 _FACTOR = re.compile(r"model\.layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.lora_[AB]\.weight")
-COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
 
 
 def read_factors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -23,22 +18,10 @@ def read_factors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
     Needs no ranks and no Megatron: torch_dist is PyTorch's distributed checkpoint format. Raises UserError if it is damaged.
     """
-    try:
-        reader = SafeReader(checkpoint)
-        metadata = reader.read_metadata().state_dict_metadata
-        state: dict[str, Any] = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in metadata.items()
-            if _FACTOR.fullmatch(name) and isinstance(entry, dcp.metadata.TensorStorageMetadata)
-        }
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is wanted
-            dcp.load(state, storage_reader=reader, no_dist=True)
-    except (OSError, RuntimeError, ValueError, EOFError, dcp.CheckpointException) as error:
-        raise UserError(f"checkpoint {checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
-    if not state:
+    factors = read_tensors(checkpoint, lambda name: _FACTOR.fullmatch(name) is not None)
+    if not factors:
         raise UserError(f"checkpoint {checkpoint} holds no adapter")
-    return state
+    return factors
 
 
 def write_peft(factors: dict[str, torch.Tensor], rank: int, alpha: float, base: str, folder: Path) -> None:
@@ -79,11 +62,7 @@ def merge(base: Path, factors: dict[str, torch.Tensor], scale: float, folder: Pa
         if shapes.get(name) != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
             raise UserError(f"the adapter does not fit {base}: {name} is {shapes.get(name)}, B A is {tuple(b.shape)} x {tuple(a.shape)}")
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for pattern in COPIED:
-        for path in base.glob(pattern):
-            if path.name != "manifest.json":
-                shutil.copy2(path, folder / path.name)
+    copy_companions(base, folder)
     for path in files:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

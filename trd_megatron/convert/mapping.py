@@ -83,6 +83,25 @@ def shard(entry: Entry, tensors: list[torch.Tensor], architecture: Architecture,
     if entry.kind == "row":
         return tensors[0].chunk(size, dim=1)[rank]
     parts = [tensor.chunk(size, dim=0)[rank] for tensor in tensors]
+    return fuse_local(entry, parts, groups=architecture.num_query_groups // size)
+
+
+def shard_dim(entry: Entry) -> int | None:
+    """The dimension of entry.hf's tensors that tensor parallelism cuts; None: every rank holds all of it."""
+    return {"replicated": None, "row": 1}.get(entry.kind, 0)
+
+
+def fuse_local(entry: Entry, parts: list[torch.Tensor], groups: int) -> torch.Tensor:
+    """One rank's Megatron tensor from its parts of entry.hf; `groups` are its query groups."""
     if entry.kind == "qkv":
-        return fuse_qkv(parts, groups=architecture.num_query_groups // size)
-    return torch.cat(parts)  # gate_up
+        return fuse_qkv(parts, groups)
+    return torch.cat(parts) if entry.kind == "gate_up" else parts[0]
+
+
+def split_local(entry: Entry, tensor: torch.Tensor, heads: int, groups: int) -> list[torch.Tensor]:
+    """The inverse of fuse_local; `heads` and `groups` are those of this rank."""
+    if entry.kind == "qkv":
+        per_group = heads // groups
+        by_group = tensor.unflatten(0, (groups, per_group + 2, -1))  # [groups, q heads + k + v, head_dim, ...]
+        return [part.flatten(0, 2) for part in by_group.split((per_group, 1, 1), dim=1)]
+    return list(tensor.chunk(2)) if entry.kind == "gate_up" else [tensor]

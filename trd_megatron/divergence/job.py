@@ -11,6 +11,7 @@ from trd_megatron.divergence.spec import Divergence
 
 _CPU_BLOCK = 16  # rows of a chunk whose elementwise work is done together on CPU, so that temporaries stay small and in cache
 NO_LOGIT = -1e30  # max over no rows at all: finite, so that 0 * (a difference of maxima) is 0 and not NaN
+JSD_RANGE = 60.0  # |log p - log q| beyond it changes jsd by less than e^-59 and would overflow float32
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,10 @@ class Job:
 class Buffers:
     """Named buffers of a chunk's or a block's shape, allocated once: a fresh temporary per chunk costs page faults on CPU."""
 
-    def __init__(self, job: Job, logit_dtype: torch.dtype, stat_dtype: torch.dtype, device: torch.device) -> None:
-        self.logit_dtype, self.stat_dtype, self.device, self.vocab = logit_dtype, stat_dtype, device, job.rows
+    def __init__(self, job: Job, stat_dtype: torch.dtype, device: torch.device) -> None:
+        self.stat_dtype, self.device, self.vocab = stat_dtype, device, job.rows
+        # An odd row length keeps half-precision products and vector loads on a GPU from being aligned.
+        self._width = job.rows if device.type == "cpu" else -(-job.rows // 64) * 64
         self.block = min(_CPU_BLOCK, job.chunk) if device.type == "cpu" else job.chunk
         self._chunk = job.chunk
         self._held: dict[tuple[str, torch.dtype], Tensor] = {}
@@ -63,7 +66,7 @@ class Buffers:
 
     def _get(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
         if (name, dtype) not in self._held:
-            self._held[name, dtype] = torch.empty(rows, self.vocab, dtype=dtype, device=self.device)
+            self._held[name, dtype] = torch.empty(rows, self._width, dtype=dtype, device=self.device)[:, : self.vocab]
         return self._held[name, dtype]
 
     def blocks(self, tokens: int) -> Iterator[slice]:

@@ -45,7 +45,7 @@ def linear_kl(
 
     student_hidden [T, Hs], teacher_hidden [T, Ht]: whole sequences (gathered when sequence parallel is on), the same on all
     ranks of tp_group. student_weight [V_local, Hs], teacher_weight [V_local, Ht]: rank r's rows [r*V_local, (r+1)*V_local) of
-    the output layers. token_weights [T] float32: loss = sum(token_weights * per_token); no gradient flows into them or into
+    the output layers. token_weights [T] float32 or float64: loss = sum(token_weights * per_token); no gradient flows into them or into
     the teacher. targets [T]: ids whose log-probabilities are wanted. token_set: ids (duplicates count once) whose teacher
     probability is wanted. vocab_size: ids from here on are padding, -inf on both sides; None: no padding.
     chunk_tokens: tokens per chunk; memory grows with it, the result does not change.
@@ -53,7 +53,7 @@ def linear_kl(
     The loss is differentiable in student_hidden (its gradient is summed over tp_group: every rank gets the whole of it) and
     in student_weight (this rank's rows) where they require grad. Statistics are in float32, float64 for float64 hidden states.
     Collective over tp_group; all ranks must pass the same but for the weights. Raises ValueError for shapes, dtypes, ids or
-    settings that do not fit together and for backend "triton".
+    settings that do not fit together, and for backend "triton" without a GPU, without triton or for float64.
     """
     kernels = _choose_kernels(backend, student_hidden)
     ranks = 1 if tp_group is None else dist.get_world_size(tp_group)
@@ -150,9 +150,9 @@ class _LinearKL(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         tokens = student_hidden.shape[0]
         stat_dtype = torch.float64 if student_hidden.dtype == torch.float64 else torch.float32
+        buffers = Buffers(job, stat_dtype, student_hidden.device)
         # The torch kernels work in the statistics' dtype; triton's read and write the inputs' own.
-        logit_dtype = stat_dtype if kernels is torch_kernels else student_hidden.dtype
-        buffers = Buffers(job, logit_dtype, stat_dtype, student_hidden.device)
+        convert = kernels is torch_kernels
         # Padding rows never enter a product: cutting them off is the same as -inf on both sides.
         weight_s, weight_t = student_weight[: job.rows], teacher_weight[: job.rows]
         results = torch.empty(5, tokens, dtype=stat_dtype, device=student_hidden.device)
@@ -161,8 +161,8 @@ class _LinearKL(torch.autograd.Function):
 
         for start in range(0, tokens, job.chunk):
             chunk = slice(start, min(start + job.chunk, tokens))
-            student = _logits("student", student_hidden[chunk], weight_s, buffers)  # [c, V]
-            teacher = _logits("teacher", teacher_hidden[chunk], weight_t, buffers)
+            student = _logits("student", student_hidden[chunk], weight_s, convert, buffers)  # [c, V]
+            teacher = _logits("teacher", teacher_hidden[chunk], weight_t, convert, buffers)
             chunk_rows(student, teacher, token_weights[chunk].to(stat_dtype), results[:, chunk], start, kernels, buffers, job)
             gradient = student
             if job.wants_grad and student.dtype != student_hidden.dtype:
@@ -191,11 +191,11 @@ class _LinearKL(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
-def _logits(name: str, hidden: Tensor, weight: Tensor, buffers: Buffers) -> Tensor:
-    """[c, V] in the buffers' dtype; the product itself is in the inputs' dtype."""
-    logits = buffers.chunk(name, hidden.shape[0], buffers.logit_dtype)
-    if hidden.dtype == buffers.logit_dtype:
-        return mm_into(logits, hidden, weight.t())
+def _logits(name: str, hidden: Tensor, weight: Tensor, convert: bool, buffers: Buffers) -> Tensor:
+    """[c, V] in the inputs' dtype, or converted to the statistics'; the product itself is in the inputs' dtype."""
+    if not convert or hidden.dtype == buffers.stat_dtype:
+        return mm_into(buffers.chunk(name, hidden.shape[0], hidden.dtype), hidden, weight.t())
+    logits = buffers.chunk(name, hidden.shape[0], buffers.stat_dtype)
     return logits.copy_(mm_into(buffers.chunk("product", hidden.shape[0], hidden.dtype), hidden, weight.t()))
 
 

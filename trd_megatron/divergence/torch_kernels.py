@@ -9,10 +9,8 @@ Shape letters: c tokens of a chunk, V this rank's vocabulary rows without paddin
 import torch
 from torch import Tensor
 
-from trd_megatron.divergence.job import NO_LOGIT, Buffers, RowFactors
+from trd_megatron.divergence.job import JSD_RANGE, NO_LOGIT, Buffers, RowFactors
 from trd_megatron.divergence.spec import Kind
-
-_JSD_RANGE = 60.0  # |log p - log q| beyond it changes jsd by less than e^-59 and would overflow float32
 
 
 def statistics(student: Tensor, teacher: Tensor, kind: Kind, scale: float, plain: bool, buffers: Buffers) -> dict[str, Tensor]:
@@ -54,7 +52,7 @@ def jsd_statistics(student: Tensor, teacher: Tensor, rows: RowFactors, beta: flo
     for block in buffers.blocks(student.shape[0]):
         b, a = student[block], teacher[block]
         log_q, log_p = b.sub_(rows.log_student[block, None]), a.sub_(rows.log_teacher[block, None])
-        d = torch.sub(log_p, log_q, out=buffers.scratch("scratch", b)).clamp_(-_JSD_RANGE, _JSD_RANGE)
+        d = torch.sub(log_p, log_q, out=buffers.scratch("scratch", b)).clamp_(-JSD_RANGE, JSD_RANGE)
         log_mq = torch.expm1(d, out=buffers.scratch("mixture", b)).mul_(beta).log1p_()
         parts["kl_teacher"].append(d.sub_(log_mq).mul_(log_p.exp_()).sum(1))
         log_q.exp_()

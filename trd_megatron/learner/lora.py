@@ -5,11 +5,10 @@ zero. How they are cut:
   column-parallel layer (q, k, v, gate, up): A replicated, B cut by rows as its layer is;
   row-parallel layer (o, down): A cut by columns as its layer is, B replicated.
 Under sequence parallelism a replicated factor sees only its rank's part of the sequence, so its gradient is a partial sum;
-such parameters carry `sequence_parallel = True` and optimizer.py adds them up over the tensor-parallel group.
+such parameters are marked `partial` and optimizer.py adds them up over the tensor-parallel group.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +22,10 @@ from megatron.core.tensor_parallel.mappings import (
 from trd_megatron.config import LoraConfig
 from trd_megatron.convert.architecture import Architecture
 from trd_megatron.convert.mapping import fuse_qkv
+from trd_megatron.learner.dropout import keep_mask, key
 from trd_megatron.learner.model import Model
 from trd_megatron.learner.parallel import Parallel
+from trd_megatron.learner.trained import Trained
 from trd_megatron.run_dir import digest
 
 PROJECTIONS = {
@@ -33,15 +34,6 @@ PROJECTIONS = {
     "linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
     "linear_fc2": ("mlp.down_proj",),
 }
-
-
-@dataclass(frozen=True)
-class Factor:
-    """One trainable tensor of this rank and its place in the whole."""
-
-    name: str  # Hugging Face's, e.g. model.layers.0.self_attn.q_proj.lora_A.weight
-    parameter: torch.nn.Parameter
-    shard_dim: int | None  # the dimension that tensor parallelism cuts; None: every rank holds all of it
 
 
 class AdaptedLinear(torch.nn.Module):
@@ -55,21 +47,23 @@ class AdaptedLinear(torch.nn.Module):
         self.parallel: Parallel = model.parallel
         self.architecture: Architecture = model.architecture
         self.scale = config.alpha / config.rank
+        self.dropout = config.dropout
+        self.row_keys: torch.Tensor | None = None  # [T]; None: nothing is dropped
         self.dtype = torch.promote_types(next(base.parameters()).dtype, torch.float32)
-        self.names = [f"{prefix}.{name}" for name in PROJECTIONS[kind]]
         self.column = kind in ("linear_qkv", "linear_fc1")
         a = model.architecture
         attention, kv = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
         outs = {"linear_qkv": (attention, kv, kv), "linear_proj": (a.hidden_size,), "linear_fc2": (a.hidden_size,)}
         outs["linear_fc1"] = (a.ffn_hidden_size, a.ffn_hidden_size)
         width = {"linear_proj": attention, "linear_fc2": a.ffn_hidden_size}.get(kind, a.hidden_size)
-        self.a = torch.nn.ParameterList(self._initial_a(name, config.rank, width, seed) for name in self.names)
         tp = self.parallel.tp_size if self.column else 1
+        self.outs = [out // tp for out in outs[kind]]  # of every projection that the layer fuses, adapted or not
+        adapted = [i for i, name in enumerate(PROJECTIONS[kind]) if name.split(".")[1] in config.targets]
+        self.slots = adapted
+        self.names = [f"{prefix}.{PROJECTIONS[kind][i]}" for i in adapted]
         place: dict[str, Any] = {"device": self.parallel.device, "dtype": self.dtype}
-        self.b = torch.nn.ParameterList(torch.zeros(out // tp, config.rank, **place) for out in outs[kind])
-        if self.parallel.sequence_parallel:
-            for parameter in self.a if self.column else self.b:
-                parameter.sequence_parallel = True
+        self.a = torch.nn.ParameterList(self._initial_a(name, config.rank, width, seed) for name in self.names)
+        self.b = torch.nn.ParameterList(torch.zeros(self.outs[i], config.rank, **place) for i in adapted)
 
     def _initial_a(self, name: str, rank: int, width: int, seed: int) -> torch.nn.Parameter:
         """Kaiming-uniform as in PEFT. Drawn in full from the layer's name, then cut, so that no layout changes it."""
@@ -84,15 +78,33 @@ class AdaptedLinear(torch.nn.Module):
         output, bias = self.base(x)
         if not self.enabled:
             return output, bias
-        inner = torch.nn.functional.linear(x.to(self.dtype), torch.cat(list(self.a)))  # [T or T / tp, 1, projections * rank]
+        x = x.to(self.dtype)
+        if self.row_keys is None:
+            inner = torch.nn.functional.linear(x, torch.cat(list(self.a)))  # [T or T / tp, 1, projections * rank]
+        else:  # each adapter drops its own inputs, as in PEFT
+            pairs = zip(self.names, self.a, strict=True)
+            inner = torch.cat([torch.nn.functional.linear(self._dropped(x, name), a) for name, a in pairs], dim=-1)
         if self.parallel.tp_size > 1:
             inner = self._exchange(inner)
-        outer = [torch.nn.functional.linear(part, b) for part, b in zip(inner.chunk(len(self.b), -1), self.b, strict=True)]
+        outer = [inner.new_zeros(()).expand(*inner.shape[:-1], out) for out in self.outs]
+        for slot, part, b in zip(self.slots, inner.chunk(len(self.b), -1), self.b, strict=True):
+            outer[slot] = torch.nn.functional.linear(part, b)
         if self.kind == "linear_qkv":
             update = fuse_qkv(outer, groups=self.architecture.num_query_groups // self.parallel.tp_size, dim=-1)
         else:
             update = torch.cat(outer, dim=-1)
         return output + (self.scale * update).to(output.dtype), bias
+
+    def _dropped(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """x [T or T / tp, 1, width or width / tp] with a share of its elements at 0 and the others scaled up."""
+        assert self.row_keys is not None
+        rows, rank = self.row_keys, self.parallel.tp_rank
+        if self.column and self.parallel.sequence_parallel:
+            rows = rows.chunk(self.parallel.tp_size)[rank]
+        first = 0 if self.column else rank * x.shape[-1]
+        columns = torch.arange(first, first + x.shape[-1], device=x.device)
+        kept = keep_mask(rows, columns, key(name), self.dropout).unsqueeze(1)
+        return x * kept / (1 - self.dropout)
 
     def _exchange(self, inner: torch.Tensor) -> torch.Tensor:
         """The communication of the layer itself, done on `rank` columns instead of the hidden size."""
@@ -104,10 +116,11 @@ class AdaptedLinear(torch.nn.Module):
             return reduce_scatter_to_sequence_parallel_region(inner)
         return reduce_from_tensor_model_parallel_region(inner)
 
-    def factors(self) -> Iterator[Factor]:
+    def trained(self) -> Iterator[Trained]:
+        partial = self.parallel.sequence_parallel
         for name, a, b in zip(self.names, self.a, self.b, strict=True):
-            yield Factor(f"{name}.lora_A.weight", a, None if self.column else 1)
-            yield Factor(f"{name}.lora_B.weight", b, 0 if self.column else None)
+            yield Trained(a, (f"{name}.lora_A.weight",), None if self.column else 1, partial and self.column)
+            yield Trained(b, (f"{name}.lora_B.weight",), 0 if self.column else None, partial and not self.column)
 
 
 class Adapters:
@@ -118,13 +131,20 @@ class Adapters:
         for index, layer in enumerate(model.gpt.decoder.layers):
             for owner, kinds in ((layer.self_attention, ("linear_qkv", "linear_proj")), (layer.mlp, ("linear_fc1", "linear_fc2"))):
                 for kind in kinds:
+                    if not any(name.split(".")[1] in config.targets for name in PROJECTIONS[kind]):
+                        continue
                     adapted = AdaptedLinear(getattr(owner, kind), f"model.layers.{index}", kind, model, config, seed)
                     setattr(owner, kind, adapted)
                     self.layers.append(adapted)
 
-    def factors(self) -> list[Factor]:
-        """Every trainable tensor, in the same order on every rank."""
-        return [factor for layer in self.layers for factor in layer.factors()]
+    def drop(self, row_keys: torch.Tensor | None) -> None:
+        """Sets the keys of the positions [T] of the next forward and its backward, for dropout; None: no dropout."""
+        for layer in self.layers:
+            layer.row_keys = row_keys if layer.dropout else None
+
+    def trained(self) -> list[Trained]:
+        """Every factor, in the same order on every rank."""
+        return [one for layer in self.layers for one in layer.trained()]
 
     def enable(self, enabled: bool) -> None:
         for layer in self.layers:

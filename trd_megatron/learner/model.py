@@ -20,6 +20,7 @@ from trd_megatron.errors import UserError
 from trd_megatron.learner.attention import SegmentedAttention
 from trd_megatron.learner.packing import Packing
 from trd_megatron.learner.parallel import Parallel
+from trd_megatron.learner.trained import Trained, every_parameter
 
 
 class RMSNorm(torch.nn.Module):
@@ -84,9 +85,9 @@ def layer_spec(architecture: Architecture) -> ModuleSpec:
 
 
 class Model:
-    """A frozen base GPTModel on this rank. Adapters are added to `gpt` by lora.py."""
+    """A GPTModel on this rank. Adapters are added to `gpt` by lora.py."""
 
-    def __init__(self, folder: Path, config: LearnerConfig, parallel: Parallel) -> None:
+    def __init__(self, folder: Path, config: LearnerConfig, parallel: Parallel, *, trainable: bool = False) -> None:
         """Builds and loads. Raises UserError if the folder's config or weights do not fit."""
         self.architecture = Architecture.from_hf(folder)
         self.architecture.check_tensor_parallel_size(parallel.tp_size, str(folder))
@@ -105,7 +106,7 @@ class Model:
             rope_scaling_factor=a.rope_factor or 1.0,
         )
         self._load(folder)
-        self.gpt.requires_grad_(False)
+        self.gpt.requires_grad_(trainable)
         self.gpt.to(parallel.device)
         self.gpt.train()  # recomputation is a training feature; there is no dropout
 
@@ -126,6 +127,10 @@ class Model:
             with torch.no_grad():
                 parameter.copy_(shard(entry, tensors, self.architecture, self.parallel.tp_rank, self.parallel.tp_size))
         assert not parameters, f"parameters without a source: {sorted(parameters)}"
+
+    def trained(self) -> list[Trained]:
+        """Every parameter, in the same order on every rank."""
+        return every_parameter(self.gpt, self.architecture, self.parallel.tp_size, self.parallel.sequence_parallel)
 
     @property
     def output_weight(self) -> torch.Tensor:

@@ -4,6 +4,7 @@ A sample is one response under two prompts, so each micro-batch has two packings
 aligned by response rows only: row i of both is the hidden state that predicts response token i of the micro-batch.
 """
 
+import zlib
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,11 @@ class Sample:
         return len(self.response_ids)
 
     @property
+    def key(self) -> int:
+        """32 bits that stand for the sample, in every run."""
+        return zlib.crc32(f"{self.problem_id}/{self.sample_index}".encode())
+
+    @property
     def longest(self) -> int:
         """Length of the longer of the two sequences."""
         return max(len(self.student_prompt_ids), len(self.teacher_prompt_ids)) + len(self.response_ids)
@@ -42,10 +48,11 @@ class Packing:
     max_length: int  # of a segment
     rows: torch.Tensor  # [R] int64: positions whose hidden state predicts a response token
     targets: torch.Tensor  # [R] int64: these response tokens
+    sample_keys: torch.Tensor  # [T] int64: a number of the sample at each position, whatever it is packed with
 
 
-def pack(prompts: list[list[int]], responses: list[list[int]], multiple: int, device: torch.device) -> Packing:
-    """Packs prompt + response pairs; `multiple` is what the total length must be divisible by."""
+def pack(prompts: list[list[int]], responses: list[list[int]], multiple: int, device: torch.device, keys: list[int]) -> Packing:
+    """Packs prompt + response pairs; `multiple` is what the total length must be divisible by, `keys` the samples' numbers."""
     ids: list[int] = []
     rows: list[int] = []
     targets: list[int] = []
@@ -61,6 +68,7 @@ def pack(prompts: list[list[int]], responses: list[list[int]], multiple: int, de
     if padding:
         ids += [0] * padding
         lengths.append(padding)
+        keys = [*keys, 0]
     sizes = torch.tensor(lengths)
     return Packing(
         ids=torch.tensor(ids, device=device),
@@ -69,6 +77,7 @@ def pack(prompts: list[list[int]], responses: list[list[int]], multiple: int, de
         max_length=max(lengths),
         rows=torch.tensor(rows, device=device),
         targets=torch.tensor(targets, device=device),
+        sample_keys=torch.tensor(keys).repeat_interleave(sizes).to(device),
     )
 
 
@@ -96,14 +105,13 @@ def micro_batches(samples: list[Sample], max_tokens: int, multiple: int, device:
             student = teacher = 0
         groups[-1].append(sample)
         student, teacher = student + student_length, teacher + teacher_length
-    return [
-        MicroBatch(
-            samples=group,
-            student=pack([s.student_prompt_ids for s in group], [s.response_ids for s in group], multiple, device),
-            teacher=pack([s.teacher_prompt_ids for s in group], [s.response_ids for s in group], multiple, device),
-        )
-        for group in groups
-    ]
+    batches = []
+    for group in groups:
+        responses, keys = [s.response_ids for s in group], [s.key for s in group]
+        student_side = pack([s.student_prompt_ids for s in group], responses, multiple, device, keys)
+        teacher_side = pack([s.teacher_prompt_ids for s in group], responses, multiple, device, keys)
+        batches.append(MicroBatch(group, student_side, teacher_side))
+    return batches
 
 
 def deal(samples: list[Sample], ranks: int) -> list[list[Sample]]:

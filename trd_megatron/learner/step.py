@@ -1,13 +1,15 @@
 """One optimizer step's loss and gradients, and the held-out KL: micro-batches in, sums over the global batch out."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import cast
 
 import torch
 import torch.distributed as dist
 
-from trd_megatron.config import LearnerConfig
+from trd_megatron.config import Config
 from trd_megatron.divergence import Backend, Divergence, KLOutput, linear_kl
+from trd_megatron.learner.dropout import row_keys
+from trd_megatron.learner.lora import Adapters
 from trd_megatron.learner.model import Model
 from trd_megatron.learner.packing import MicroBatch, Sample, deal, micro_batches
 from trd_megatron.learner.parallel import Parallel
@@ -29,8 +31,11 @@ class Sums:
 class Step:
     """Runs batches through teacher, student and loss under one layout."""
 
-    def __init__(self, student: Model, teacher: Teacher, divergence: Divergence, learner: LearnerConfig) -> None:
-        self.student, self.teacher, self.divergence, self.learner = student, teacher, divergence, learner
+    def __init__(self, student: Model, teacher: Teacher, adapters: Adapters | None, config: Config) -> None:
+        """adapters None: every parameter is trained."""
+        self.student, self.teacher, self.adapters = student, teacher, adapters
+        self.learner, self.seed = config.learner, config.seed
+        self.divergence = Divergence(**asdict(config.method.divergence))
         self.parallel: Parallel = student.parallel
 
     def _micro_batches(self, samples: list[Sample]) -> list[MicroBatch]:
@@ -55,14 +60,17 @@ class Step:
             backend=cast(Backend, self.learner.kl_backend),
         )
 
-    def run(self, samples: list[Sample], *, backward: bool) -> Sums:
+    def run(self, samples: list[Sample], *, backward: bool, number: int = 0) -> Sums:
         """The whole global batch `samples` (the same list on all ranks); gradients of the global token mean if `backward`.
 
+        `number` of the step: dropout, which only `backward` has, drops others in each.
         Gradients are this rank's share: the optimizer adds them up over the data-parallel group.
         """
         tokens = sum(sample.response_tokens for sample in samples)
         totals = torch.zeros(5, dtype=torch.float64, device=self.parallel.device)
         for batch in self._micro_batches(samples):
+            if self.adapters is not None:
+                self.adapters.drop(row_keys(batch.student, self.seed, number) if backward else None)
             with torch.set_grad_enabled(backward):
                 output = self._kl(batch, 1.0 / tokens)
                 if backward:

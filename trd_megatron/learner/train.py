@@ -5,14 +5,12 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from trd_megatron.config import Config
-from trd_megatron.divergence import Divergence
 from trd_megatron.learner import checkpoint
 from trd_megatron.learner.checkpoint_files import best_step, prune, saved_steps
 from trd_megatron.learner.lora import Adapters
@@ -50,26 +48,25 @@ class NonFiniteError(RuntimeError):
 
 
 class Trainer:
-    """Student, teacher, adapters and optimizer on this rank."""
+    """Student, teacher and optimizer on this rank."""
 
     def __init__(self, config: Config, student_path: Path, teacher_path: Path | None, parallel: Parallel) -> None:
         """teacher_path None: OPSD. Raises UserError if a model does not fit."""
         learner = config.learner
         self.config, self.parallel = config, parallel
-        self.student = Model(student_path, learner, parallel)
-        self.adapters = Adapters(self.student, learner.lora, config.seed)
-        if teacher_path is None:
-            self.teacher = Teacher(self.student, self.student, self.adapters)
-        else:
-            self.teacher = Teacher(Model(teacher_path, learner, parallel), self.student, None)
-        self.factors = self.adapters.factors()
-        self.optimizer = Optimizer(self.factors, learner, parallel)
-        divergence = Divergence(**asdict(config.method.divergence))
-        self.step = Step(self.student, self.teacher, divergence, learner)
+        full = learner.trainable == "full"
+        self.student = Model(student_path, learner, parallel, trainable=full)
+        adapters = None if full else Adapters(self.student, learner.lora, config.seed)
+        if adapters is not None and teacher_path is None:
+            self.teacher = Teacher(self.student, self.student, adapters)
+        else:  # another model, or a frozen copy of the student's starting weights
+            self.teacher = Teacher(Model(teacher_path or student_path, learner, parallel), self.student, None)
+        self.optimizer = Optimizer(self.student.trained() if adapters is None else adapters.trained(), learner, parallel)
+        self.step = Step(self.student, self.teacher, adapters, config)
 
-    def update(self, batch: list[Sample], rate: float) -> tuple[Sums, float]:
-        """One optimizer step; returns the batch's sums and the gradient norm before clipping. Raises NonFiniteError."""
-        sums = self.step.run(batch, backward=True)
+    def update(self, batch: list[Sample], rate: float, number: int) -> tuple[Sums, float]:
+        """Optimizer step `number`; returns the batch's sums and the gradient norm before clipping. Raises NonFiniteError."""
+        sums = self.step.run(batch, backward=True, number=number)
         self.optimizer.reduce_gradients()
         norm = self.optimizer.gradient_norm()
         if not (math.isfinite(sums.loss) and math.isfinite(norm)):
@@ -108,7 +105,7 @@ def train(
 
     done = max(saved_steps(checkpoints), default=0)
     if done:
-        state = checkpoint.load(checkpoints, done, trainer.factors, trainer.optimizer, parallel)
+        state = checkpoint.load(checkpoints, done, trainer.optimizer, parallel)
     else:
         kl = trainer.held_out_kl(fixed)
         state = {"step": 0, "kl_before": kl, "held_out_kl": {"0": kl}, "tokens": 0, "seconds": 0.0}
@@ -119,7 +116,7 @@ def train(
         begun = time.monotonic()
         rate = learning_rate(learner, number, len(steps))
         batch = [training[i] for i in steps[number - 1]]
-        sums, norm = trainer.update(batch, rate)
+        sums, norm = trainer.update(batch, rate, number)
         last = number == len(steps)
         metrics: dict[str, Any] = {
             "step": number,
@@ -141,7 +138,7 @@ def train(
         if log is not None:
             log.write(metrics)
         if last or number % learner.checkpoint_interval == 0:
-            checkpoint.save(checkpoints, state, trainer.factors, trainer.optimizer, parallel)
+            checkpoint.save(checkpoints, state, trainer.optimizer, parallel)
             if parallel.is_main:
                 prune(checkpoints, learner.keep_checkpoints, best_step(state, checkpoints))
         on_step(metrics)

@@ -1,4 +1,4 @@
-"""Stage 4: the chosen checkpoint's adapter, as a PEFT folder (adapter/) and merged into the student (hf/)."""
+"""Stage 4: the chosen checkpoint as a model of its own (hf/) and, where an adapter was trained, as a PEFT folder (adapter/)."""
 
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ import torch
 from trd_megatron.builtin_models import resolve_model
 from trd_megatron.config import Config
 from trd_megatron.convert import adapter
+from trd_megatron.convert.parameters import write_parameters
 from trd_megatron.errors import UserError
 from trd_megatron.learner import checkpoint_files as checkpoints
 from trd_megatron.run_dir import RunDir
@@ -44,7 +45,11 @@ def run_adapter(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]
     return figures
 
 
-def run_merged(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
+def run_hf(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
+    if config.learner.trainable == "full":
+        step = choose_step(run_dir.checkpoints, config.export.checkpoint)
+        write_parameters(resolve_model(config.model.path), checkpoints.step_folder(run_dir.checkpoints, step), folder)
+        return {"step": step}
     factors, figures = _factors(config, run_dir)
     lora = config.learner.lora
     adapter.merge(resolve_model(config.model.path), factors, lora.alpha / lora.rank, folder)

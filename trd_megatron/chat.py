@@ -65,6 +65,10 @@ class Chat:
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self._kwargs)
         return self.encode(text)
 
+    def epistemic_ids(self) -> list[int]:
+        """First ids of prompts.EPISTEMIC_WORDS, bare and after a space, each once."""
+        return sorted({self.encode(prefix + word)[0] for word in prompts.EPISTEMIC_WORDS for prefix in ("", " ")})
+
     def vocabulary(self) -> dict[str, int]:
         """Token to id, to compare two tokenizers."""
         return dict(self._tokenizer.get_vocab())

@@ -1,6 +1,7 @@
 """The `trd` command: reads the command line, calls one function, prints. Exit codes: 0, 1 failed, 2 wrong input, 130 interrupted."""
 
 import os
+import signal
 import sys
 import time
 from dataclasses import MISSING
@@ -300,6 +301,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our bars show what takes long
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop us with it: end as Ctrl-C does, saving what can be
     try:
         code = app(standalone_mode=False)  # returns what an Exit says, and 130 for Ctrl-C
         if code == 130:

@@ -153,6 +153,7 @@ class LearnerConfig:
     held_out_samples: int = opt(64, "Trajectories never trained on; their KL is train/summary.json's fixed batch.")
     eval_interval: int = opt(20, "Steps between held-out KL measurements.")
     checkpoint_interval: int = opt(20, "Steps between checkpoints; the last step is always one.")
+    max_restarts: int = opt(3, "Times that the ranks go on from the last checkpoint after one of them was lost.", layout=True)
     keep_checkpoints: int = opt(4, "Checkpoints kept, the best (held-out KL) and the last always among them.")
 
 

@@ -87,3 +87,10 @@ def initial_solution(response: str, keep: str) -> str:
     if keep == "after_think" and "</think>" in response:
         return response.rsplit("</think>", 1)[1].strip()
     return response
+
+
+# Words with which a model takes back or doubts what it wrote (section 5 of the paper).
+EPISTEMIC_WORDS = (
+    "Wait", "Actually", "However", "Alternatively", "Oops", "Wrong", "Error", "Incorrect", "Correction", "Sorry", "Hmm", "Oh", "Hold",
+    "Pause", "Uh", "Um",
+)  # fmt: skip

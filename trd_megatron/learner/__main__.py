@@ -1,6 +1,8 @@
 """What torchrun starts: one rank of the learner. `python -m trd_megatron.learner TRAIN_FOLDER`."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,20 +16,25 @@ def main(folder: Path) -> None:
     from trd_megatron.errors import UserError
     from trd_megatron.learner.job import ERROR, Job
     from trd_megatron.learner.parallel import process_group, setup
-    from trd_megatron.learner.train import NonFiniteError, train
+    from trd_megatron.learner.train import NonFiniteError, StoppedError, train
     from trd_megatron.run_dir import write_json
 
     def on_step(metrics: dict[str, Any]) -> None:
         if parallel.is_main:
             print(json.dumps(metrics), flush=True)
 
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and (folder / ERROR).exists():
+        sys.exit(1)  # a restart would only find the same again
     job = Job.read(folder)
     config = from_dict(job.config)
     teacher = None if job.teacher_path is None else Path(job.teacher_path)
     try:
         with process_group(config.learner.device):
             parallel = setup(config.learner)
-            train(config, folder, job.samples(folder), Path(job.student_path), teacher, parallel, on_step)
+            train(config, folder, job.samples(folder), Path(job.student_path), teacher, parallel, on_step, job.epistemic_ids)
+    except StoppedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except (UserError, NonFiniteError) as error:  # the same on every rank; the stage reads it from this file
         write_json(folder / ERROR, {"kind": type(error).__name__, "message": str(error)})
         raise

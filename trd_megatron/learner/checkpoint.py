@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from trd_megatron.convert.safe_metadata import read_metadata
-from trd_megatron.learner.checkpoint_files import STATE, read_state, step_folder
+from trd_megatron.learner.checkpoint_files import STATE, file_sizes, read_state, step_folder
 from trd_megatron.learner.optimizer import Optimizer
 from trd_megatron.learner.parallel import Parallel
 from trd_megatron.learner.trained import Trained
@@ -63,7 +63,7 @@ def save(checkpoints: Path, loop_state: dict[str, Any], optimizer: Optimizer, pa
         dist_checkpointing.save(_state_dict(optimizer, parallel), str(temporary))
     dist.barrier()
     if parallel.is_main:
-        write_json(temporary / STATE, loop_state)
+        write_json(temporary / STATE, loop_state | {"files": file_sizes(temporary)})
         os.replace(temporary, target)
     dist.barrier()
 

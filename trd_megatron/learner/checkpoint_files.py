@@ -21,12 +21,35 @@ def saved_steps(checkpoints: Path) -> list[int]:
 
 
 def read_state(checkpoints: Path, step: int) -> dict[str, Any]:
-    """Loop state of a checkpoint: step, kl_before, held_out_kl (by step), tokens, seconds. Raises UserError if it is damaged."""
+    """Loop state of a checkpoint: step, kl_before, held_out_kl (by step), tokens, seconds, files (bytes by name).
+
+    Raises UserError if it is damaged.
+    """
     path = step_folder(checkpoints, step) / STATE
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}): delete that checkpoint folder and run again") from None
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file of a checkpoint but its state, which records them."""
+    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file() and path.name != STATE}
+
+
+def damage(checkpoints: Path, step: int) -> str | None:
+    """What is wrong with the files of a checkpoint, or None: each must be as long as when it was saved."""
+    try:
+        state = read_state(checkpoints, step)
+    except UserError as error:
+        return str(error)
+    found = file_sizes(step_folder(checkpoints, step))
+    if "files" not in state:
+        return f"{step_folder(checkpoints, step)} was saved by an earlier version"
+    for name, size in state["files"].items():
+        if found.get(name) != size:
+            return f"{step_folder(checkpoints, step) / name} has {found.get(name, 0)} of {size} bytes"
+    return None
 
 
 def best_step(state: dict[str, Any], checkpoints: Path) -> int | None:

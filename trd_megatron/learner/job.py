@@ -26,6 +26,7 @@ class Job:
     config: dict[str, Any]
     student_path: str
     teacher_path: str | None
+    epistemic_ids: list[int]
 
     @staticmethod
     def read(folder: Path) -> "Job":
@@ -53,7 +54,14 @@ def run_ranks(folder: Path, config: LearnerConfig) -> Iterator[dict[str, Any]]:
     ranks = config.tensor_model_parallel_size * config.data_parallel_size
     threads = max((os.cpu_count() or 1) // ranks, 1) if config.device == "cpu" else 1
     command = [sys.executable, "-m", "trd_megatron.learner.torchrun", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "--max-restarts=0", "-m", "trd_megatron.learner", str(folder)]
+    command += [
+        "--rdzv-endpoint=127.0.0.1:0",
+        "--local-addr=127.0.0.1",
+        f"--max-restarts={config.max_restarts}",
+        "-m",
+        "trd_megatron.learner",
+        str(folder),
+    ]
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | dict(os.environ)
     environment |= {"PYTHONSAFEPATH": "1", processes.PARENT: str(os.getpid())}  # no modules from the folder the user stands in
     if config.device == "cpu":

@@ -87,6 +87,11 @@ class MicroBatch:
     student: Packing
     teacher: Packing
 
+    @property
+    def response_lengths(self) -> torch.Tensor:
+        """[samples] int64, in the order of the response rows."""
+        return torch.tensor([sample.response_tokens for sample in self.samples])
+
 
 def micro_batches(samples: list[Sample], max_tokens: int, multiple: int, device: torch.device) -> list[MicroBatch]:
     """Cuts samples, in order, into micro-batches whose student and teacher packings both hold at most `max_tokens`.

@@ -1,13 +1,13 @@
 """One optimizer step's loss and gradients, and the held-out KL: micro-batches in, sums over the global batch out."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import cast
 
 import torch
-import torch.distributed as dist
 
 from trd_megatron.config import Config
 from trd_megatron.divergence import Backend, Divergence, KLOutput, linear_kl
+from trd_megatron.learner.diagnostics import Sums, Totals
 from trd_megatron.learner.dropout import row_keys
 from trd_megatron.learner.lora import Adapters
 from trd_megatron.learner.model import Model
@@ -16,23 +16,12 @@ from trd_megatron.learner.parallel import Parallel
 from trd_megatron.learner.teacher import Teacher
 
 
-@dataclass(frozen=True)
-class Sums:
-    """Sums over a global batch, equal on all ranks. Per-token figures are sums / tokens."""
-
-    tokens: int  # response tokens
-    loss: float  # sum of per-token values, after the clip
-    kl: float  # the same before the clip
-    student_nll: float
-    teacher_nll: float
-    sequence_tokens: int  # tokens of the student's sequences, prompts included
-
-
 class Step:
     """Runs batches through teacher, student and loss under one layout."""
 
-    def __init__(self, student: Model, teacher: Teacher, adapters: Adapters | None, config: Config) -> None:
-        """adapters None: every parameter is trained."""
+    def __init__(self, student: Model, teacher: Teacher, adapters: Adapters | None, config: Config, token_set: list[int]) -> None:
+        """adapters None: every parameter is trained. token_set: the ids of `epistemic`."""
+        self.token_set = torch.tensor(token_set, dtype=torch.int64, device=student.parallel.device)
         self.student, self.teacher, self.adapters = student, teacher, adapters
         self.learner, self.seed = config.learner, config.seed
         self.divergence = Divergence(**asdict(config.method.divergence))
@@ -54,6 +43,7 @@ class Step:
             self.divergence,
             token_weights=torch.full((len(batch.student.rows),), weight, device=student_hidden.device, dtype=torch.float64),
             targets=batch.student.targets,
+            token_set=self.token_set,
             vocab_size=self.student.architecture.vocab_size,
             tp_group=self.parallel.tp_group if self.parallel.tp_size > 1 else None,
             chunk_tokens=self.learner.kl_chunk_tokens,
@@ -67,7 +57,7 @@ class Step:
         Gradients are this rank's share: the optimizer adds them up over the data-parallel group.
         """
         tokens = sum(sample.response_tokens for sample in samples)
-        totals = torch.zeros(5, dtype=torch.float64, device=self.parallel.device)
+        totals = Totals(self.divergence.clip, self.parallel)
         for batch in self._micro_batches(samples):
             if self.adapters is not None:
                 self.adapters.drop(row_keys(batch.student, self.seed, number) if backward else None)
@@ -75,11 +65,5 @@ class Step:
                 output = self._kl(batch, 1.0 / tokens)
                 if backward:
                     output.loss.backward()
-            assert output.student_logprob is not None and output.teacher_logprob is not None
-            parts = (output.per_token, output.unclipped, -output.student_logprob, -output.teacher_logprob)
-            totals[:4] += torch.stack([part.double().sum() for part in parts])
-            totals[4] += len(batch.student.ids)
-        if self.parallel.dp_size > 1:
-            dist.all_reduce(totals, group=self.parallel.dp_group)
-        loss, kl, student_nll, teacher_nll, sequence_tokens = totals.tolist()
-        return Sums(tokens, loss, kl, student_nll, teacher_nll, int(sequence_tokens))
+            totals.add(batch, output)
+        return totals.over_ranks()

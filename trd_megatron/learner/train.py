@@ -3,22 +3,28 @@
 import json
 import math
 import random
+import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from trd_megatron.config import Config
 from trd_megatron.learner import checkpoint
-from trd_megatron.learner.checkpoint_files import best_step, prune, saved_steps
+from trd_megatron.learner.checkpoint_files import best_step, damage, prune, saved_steps
+from trd_megatron.learner.diagnostics import Sums
 from trd_megatron.learner.lora import Adapters
 from trd_megatron.learner.model import Model
 from trd_megatron.learner.optimizer import Optimizer, learning_rate
 from trd_megatron.learner.packing import Sample
 from trd_megatron.learner.parallel import Parallel
-from trd_megatron.learner.step import Step, Sums
+from trd_megatron.learner.step import Step
 from trd_megatron.learner.teacher import Teacher
 from trd_megatron.run_dir import atomic_write, write_json
 
@@ -47,10 +53,54 @@ class NonFiniteError(RuntimeError):
     """Loss or gradient norm is not finite; nothing was updated."""
 
 
+class StoppedError(RuntimeError):
+    """SIGTERM came: everything is saved, the next start goes on."""
+
+
+class _StopSignal:
+    """Notes SIGTERM, which schedulers send before they take a machine away, until a step has ended."""
+
+    def __init__(self, parallel: Parallel) -> None:
+        self._parallel, self._received = parallel, False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: Any) -> None:
+        self._received = True
+
+    def requested(self) -> bool:
+        """Whether any rank was told to stop; the same answer on all, who must all ask."""
+        flag = torch.tensor(int(self._received), device=self._parallel.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+
+def _newest_whole(checkpoints: Path, parallel: Parallel) -> int:
+    """The newest saved step whose files are all there, 0 if there is none. Says which ones it leaves aside."""
+    for step in reversed(saved_steps(checkpoints)):
+        wrong = damage(checkpoints, step)
+        if wrong is None:
+            return step
+        if parallel.is_main:
+            print(f"step {step} is not used: {wrong}", file=sys.stderr, flush=True)
+    return 0
+
+
+def _save_for_replay(
+    folder: Path, error: Exception, state: dict[str, Any], batch: list[Sample], rate: float, trainer: "Trainer", parallel: Parallel
+) -> None:
+    """failed/: the weights and moments before the step, its batch and its learning rate."""
+    failed = folder / "failed"
+    checkpoint.save(failed, state, trainer.optimizer, parallel)
+    if parallel.is_main:
+        write_json(failed / "step.json", {"error": str(error), "lr": rate, "samples": [asdict(sample) for sample in batch]})
+
+
 class Trainer:
     """Student, teacher and optimizer on this rank."""
 
-    def __init__(self, config: Config, student_path: Path, teacher_path: Path | None, parallel: Parallel) -> None:
+    def __init__(
+        self, config: Config, student_path: Path, teacher_path: Path | None, parallel: Parallel, epistemic_ids: Sequence[int] = ()
+    ) -> None:
         """teacher_path None: OPSD. Raises UserError if a model does not fit."""
         learner = config.learner
         self.config, self.parallel = config, parallel
@@ -62,7 +112,7 @@ class Trainer:
         else:  # another model, or a frozen copy of the student's starting weights
             self.teacher = Teacher(Model(teacher_path or student_path, learner, parallel), self.student, None)
         self.optimizer = Optimizer(self.student.trained() if adapters is None else adapters.trained(), learner, parallel)
-        self.step = Step(self.student, self.teacher, adapters, config)
+        self.step = Step(self.student, self.teacher, adapters, config, list(epistemic_ids))
 
     def update(self, batch: list[Sample], rate: float, number: int) -> tuple[Sums, float]:
         """Optimizer step `number`; returns the batch's sums and the gradient norm before clipping. Raises NonFiniteError."""
@@ -92,6 +142,7 @@ def train(
     teacher_path: Path | None,
     parallel: Parallel,
     on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
+    epistemic_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Trains on `samples` and writes into `folder` (train/); goes on from the newest checkpoint there. Returns the summary.
 
@@ -101,9 +152,9 @@ def train(
     learner, checkpoints = config.learner, folder / "checkpoints"
     training, fixed = split_held_out(samples, learner.held_out_samples, config.seed)
     steps = schedule(len(training), config)
-    trainer = Trainer(config, student_path, teacher_path, parallel)
+    trainer = Trainer(config, student_path, teacher_path, parallel, epistemic_ids)
 
-    done = max(saved_steps(checkpoints), default=0)
+    done = _newest_whole(checkpoints, parallel)
     if done:
         state = checkpoint.load(checkpoints, done, trainer.optimizer, parallel)
     else:
@@ -112,23 +163,19 @@ def train(
     earlier_seconds = state["seconds"]
     log = _Log(folder, done) if parallel.is_main else None
 
+    stop = _StopSignal(parallel)
     for number in range(done + 1, len(steps) + 1):
         begun = time.monotonic()
         rate = learning_rate(learner, number, len(steps))
         batch = [training[i] for i in steps[number - 1]]
-        sums, norm = trainer.update(batch, rate, number)
+        try:
+            sums, norm = trainer.update(batch, rate, number)
+        except NonFiniteError as error:
+            _save_for_replay(folder, error, state, batch, rate, trainer, parallel)
+            raise
         last = number == len(steps)
-        metrics: dict[str, Any] = {
-            "step": number,
-            "loss": sums.loss / sums.tokens,
-            "kl": sums.kl / sums.tokens,
-            "grad_norm": norm,
-            "lr": rate,
-            "student_nll": sums.student_nll / sums.tokens,
-            "teacher_nll": sums.teacher_nll / sums.tokens,
-            "response_tokens": sums.tokens,
-            "samples": len(batch),
-        }
+        metrics: dict[str, Any] = {"step": number, **sums.metrics(), "grad_norm": norm, "lr": rate}
+        metrics |= {"response_tokens": sums.tokens, "samples": len(batch)}
         seconds = time.monotonic() - begun
         metrics |= {"tokens_per_second": sums.sequence_tokens / seconds, "seconds": seconds}
         if last or number % learner.eval_interval == 0:
@@ -137,11 +184,14 @@ def train(
         state["seconds"] = earlier_seconds + time.monotonic() - started
         if log is not None:
             log.write(metrics)
-        if last or number % learner.checkpoint_interval == 0:
+        stopping = stop.requested() and not last
+        if last or stopping or number % learner.checkpoint_interval == 0:
             checkpoint.save(checkpoints, state, trainer.optimizer, parallel)
             if parallel.is_main:
                 prune(checkpoints, learner.keep_checkpoints, best_step(state, checkpoints))
         on_step(metrics)
+        if stopping:
+            raise StoppedError(f"asked to stop (SIGTERM): step {number} is saved")
 
     summary = {
         "kl_fixed_batch_before": state["kl_before"],
@@ -174,7 +224,7 @@ class _Log:
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
         for name, value in metrics.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self._board.add_scalar(f"train/{name}", value, metrics["step"])
 
     def close(self) -> None:

@@ -61,15 +61,17 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
         raise UserError(f"{len(rows)} trajectories to train on, of which learner.held_out_samples={held_out} are held out: lower it")
     write_parquet(folder / SAMPLES, rows, SAMPLE)
     teacher = str(resolve_model(config.teacher.path)) if config.teacher.path else None
-    Job(to_dict(config), str(resolve_model(config.model.path)), teacher).write(folder)
+    student = resolve_model(config.model.path)
+    chat = Chat(student, config.data.prompt_format, config.student.chat_template_kwargs)
+    Job(to_dict(config), str(student), teacher, chat.epistemic_ids()).write(folder)
     learner = config.learner
     per_epoch = -(-(len(rows) - held_out) // learner.global_batch_size)
     total = min(per_epoch * learner.epochs, learner.max_steps or per_epoch * learner.epochs)
     with bar("train", total, "steps") as progress:
-        first = True
+        shown = 0
         for metrics in run_ranks(folder, learner):
-            progress.advance(metrics["step"] if first else 1)
-            first = False
+            progress.advance(metrics["step"] - shown)  # the first may be far on; after a rank was lost it goes back
+            shown = metrics["step"]
             progress.tokens(metrics["response_tokens"])
             progress.note(f"kl {metrics['kl']:.4f}")
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

@@ -1,0 +1,98 @@
+"""What the curves of training are drawn from: sums over a global batch (figure 3 of the paper) and quantiles of the per-token KL."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trd_megatron.divergence import KLOutput
+from trd_megatron.learner.packing import MicroBatch
+from trd_megatron.learner.parallel import Parallel
+
+QUANTILES = {"kl_p50": 0.5, "kl_p95": 0.95, "kl_p99": 0.99, "kl_max": 1.0}
+_COUNTED = ("tokens", "loss", "kl", "student_nll", "teacher_nll", "epistemic", "clipped", "kl_passed", "tokens_passed", "kl_failed",
+            "tokens_failed", "sequence_tokens")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the response tokens of a global batch, equal on all ranks: what is divided is summed first."""
+
+    tokens: int
+    loss: float  # per-token values after the clip
+    kl: float  # before the clip
+    student_nll: float
+    teacher_nll: float
+    epistemic: float  # teacher probability of the epistemic ids
+    clipped: float  # tokens on which the clip holds
+    kl_passed: float  # over tokens of samples whose rollout passed the verifier
+    tokens_passed: float
+    kl_failed: float
+    tokens_failed: float
+    sequence_tokens: float  # of the student's sequences, prompts included
+    per_token: Tensor  # [tokens] float32, before the clip, in no particular order
+
+    def metrics(self) -> dict[str, Any]:
+        """Means per response token and quantiles; None where no token counts."""
+        means = {name: getattr(self, name) / self.tokens for name in ("loss", "kl", "student_nll", "teacher_nll")}
+        split = {
+            f"kl_{name}": kl / tokens if tokens else None
+            for name, kl, tokens in (("passed", self.kl_passed, self.tokens_passed), ("failed", self.kl_failed, self.tokens_failed))
+        }
+        ordered = self.per_token.sort().values
+        ranks = {name: math.ceil(q * self.tokens) - 1 for name, q in QUANTILES.items()}
+        quantiles = {name: float(ordered[index]) for name, index in ranks.items()}
+        return (
+            means
+            | split
+            | quantiles
+            | {
+                "perplexity_gap": math.exp(means["student_nll"]) - math.exp(means["teacher_nll"]),
+                "epistemic_mass": self.epistemic / self.tokens,
+                "clipped_share": self.clipped / self.tokens,
+            }
+        )
+
+
+class Totals:
+    """Collects a rank's micro-batches; `over_ranks` adds up the data-parallel ranks."""
+
+    def __init__(self, clip: float | None, parallel: Parallel) -> None:
+        self.clip, self.parallel = clip, parallel
+        self._sums = torch.zeros(len(_COUNTED), dtype=torch.float64, device=parallel.device)
+        self._per_token: list[Tensor] = []
+
+    def add(self, batch: MicroBatch, output: KLOutput) -> None:
+        assert output.student_logprob is not None and output.teacher_logprob is not None and output.teacher_set_mass is not None
+        kl = output.unclipped.double()
+        passed, failed = (
+            torch.tensor([s.rollout_passed is outcome for s in batch.samples]).repeat_interleave(batch.response_lengths).to(kl.device)
+            for outcome in (True, False)
+        )
+        clipped = output.unclipped > (math.inf if self.clip is None else self.clip)
+        columns = (
+            torch.ones_like(kl), output.per_token, kl, -output.student_logprob, -output.teacher_logprob, output.teacher_set_mass,
+            clipped, kl * passed, passed, kl * failed, failed,
+        )  # fmt: skip
+        self._sums[:-1] += torch.stack([column.double().sum() for column in columns])
+        self._sums[-1] += len(batch.student.ids)
+        self._per_token.append(output.unclipped.float())
+
+    def over_ranks(self) -> Sums:
+        device = self.parallel.device
+        mine = torch.cat(self._per_token) if self._per_token else torch.empty(0, device=device)
+        if self.parallel.dp_size > 1:
+            group = self.parallel.dp_group
+            dist.all_reduce(self._sums, group=group)
+            lengths = torch.zeros(self.parallel.dp_size, dtype=torch.int64, device=device)
+            lengths[self.parallel.dp_rank] = len(mine)
+            dist.all_reduce(lengths, group=group)
+            longest = int(lengths.max())
+            parts = [mine.new_empty(longest) for _ in lengths]
+            dist.all_gather(parts, torch.nn.functional.pad(mine, (0, longest - len(mine))), group=group)
+            mine = torch.cat([part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)])
+        values = dict(zip(_COUNTED, self._sums.tolist(), strict=True))
+        return Sums(**values | {"tokens": round(values["tokens"])}, per_token=mine.cpu())

@@ -5,10 +5,12 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed.rendezvous import rendezvous
 
 from trd_megatron.config import LearnerConfig
 
@@ -40,6 +42,16 @@ class Parallel:
         return contextlib.nullcontext()
 
 
+def _meeting_place() -> dict[str, Any]:
+    """torchrun's store, with keys of this attempt alone: after a restart it still holds the addresses of the ranks that died."""
+    store, rank, ranks = next(rendezvous("env://"))
+    return {
+        "store": dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store),
+        "rank": rank,
+        "world_size": ranks,
+    }
+
+
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[None]:
     """Joins the ranks that torchrun started, over gloo (cpu) or nccl (cuda)."""
@@ -47,11 +59,11 @@ def process_group(device: str) -> Iterator[None]:
         from trd_megatron.learner import cpu
 
         cpu.prepare()
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **_meeting_place())
     else:
         local_rank = int(os.environ["LOCAL_RANK"])
         torch.cuda.set_device(local_rank)
-        dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank))
+        dist.init_process_group("nccl", device_id=torch.device("cuda", local_rank), **_meeting_place())
     try:
         yield
     finally:

@@ -142,13 +142,14 @@ def traced_steps(rank: int, cases: list[Case], runs: list[tuple[Layout, dict[str
 def _traced_steps(case: Case, place: Layout, changes: dict[str, Any], rates: list[float]) -> Steps:
     _, config, samples, student, teacher = case
     config = layout(config, *place, **changes)
-    trainer = Trainer(config, student, teacher, start(config.learner))
-    trace: Steps = {"loss": [], "gradients": [], "adapters": [_whole(trainer, lambda factor: factor.parameter)]}
+    trainer = Trainer(config, student, teacher, start(config.learner), epistemic_ids=[3, 5, 258])
+    trace: Steps = {"metrics": [], "loss": [], "gradients": [], "adapters": [_whole(trainer, lambda factor: factor.parameter)]}
     for step, rate in enumerate(rates):
         batch = samples[4 * step : 4 * step + 4]
         sums = trainer.step.run(batch, backward=True, number=step + 1)
         trainer.optimizer.reduce_gradients()
         trace["loss"].append(sums.loss / sums.tokens)
+        trace["metrics"].append(sums.metrics())
         trace["gradients"].append(_whole(trainer, lambda factor: factor.parameter.grad))
         trainer.optimizer.step(rate, trainer.optimizer.gradient_norm())
         trace["adapters"].append(_whole(trainer, lambda factor: factor.parameter))

@@ -173,3 +173,19 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_on_every_rank(tmp_pat
     for message, untouched in run_ranks(2, cases.poisoned, case, PAIRS[1]):
         assert "not finite, nothing was updated; samples: p0/0, p1/0, p2/0" in message
         assert untouched
+
+
+def test_what_a_failed_step_needs_for_a_replay_is_kept(tmp_path: Path) -> None:
+    _, config, samples, student, _ = loop_case(tmp_path)
+    wild = replace(config, learner=replace(config.learner, learning_rate=1e30, warmup_ratio=0.0, clip_grad=1e30))
+    folder = tmp_path / "train"
+    folder.mkdir()
+    with pytest.raises(RuntimeError, match="not finite, nothing was updated"):
+        run_ranks(1, cases.train_in, ("wild", wild, samples, student, None), [(folder, ONE)])
+    failed = json.loads((folder / "failed" / "step.json").read_text())
+    [before] = saved_steps(folder / "failed")
+    assert before >= 1
+    named = [f"{sample['problem_id']}/{sample['sample_index']}" for sample in failed["samples"]]
+    assert ", ".join(named) in failed["error"]
+    assert Sample(**failed["samples"][0]) in samples
+    assert any(name.startswith("exp_avg.") for name in read_tensors(step_folder(folder / "failed", before), bool))

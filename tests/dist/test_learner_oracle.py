@@ -48,7 +48,7 @@ def random_samples(seed: int) -> list[Sample]:
     def ids(low: int, high: int) -> list[int]:
         return [draw.randrange(259) for _ in range(draw.randrange(low, high))]
 
-    return [Sample(f"p{i}", 0, ids(3, 20), ids(5, 45), ids(1, 25)) for i in range(4 * STEPS)]
+    return [Sample(f"p{i}", 0, ids(3, 20), ids(5, 45), ids(1, 25), (True, False, None)[i % 3]) for i in range(4 * STEPS)]
 
 
 class Oracle:
@@ -80,6 +80,29 @@ def per_token(student: Tensor, teacher: Tensor, config: Config) -> Tensor:
     return value if divergence.clip is None else value.clamp(max=divergence.clip)
 
 
+def figures_of(student: Tensor, teacher: Tensor, ids: Tensor, passed: bool | None, config: Config) -> Tensor:
+    """[response, 5]: KL before the clip, both log-probabilities, epistemic mass, whether the rollout passed (1, 0 or -1)."""
+    plain = replace(config, method=replace(config.method, divergence=replace(config.method.divergence, clip=None)))
+    logprobs = [logits.log_softmax(-1).gather(1, ids[:, None])[:, 0] for logits in (student, teacher)]
+    mass = teacher.softmax(-1)[:, [3, 5, 258]].sum(-1)
+    outcome = torch.full_like(mass, -1.0 if passed is None else float(passed))
+    return torch.stack([per_token(student, teacher, plain), *logprobs, mass, outcome], dim=1)
+
+
+def metrics_of(figures: Tensor, config: Config) -> dict[str, float]:
+    kl, student, teacher, mass, passed = figures.unbind(1)
+    clip = config.method.divergence.clip or math.inf
+    ordered = kl.sort().values
+    quantiles = {f"kl_{name}": ordered[math.ceil(q * len(kl)) - 1].item() for name, q in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99))}
+    return quantiles | {
+        "loss": kl.clamp(max=clip).mean().item(), "kl": kl.mean().item(), "kl_max": kl.max().item(),
+        "student_nll": -student.mean().item(), "teacher_nll": -teacher.mean().item(),
+        "kl_passed": kl[passed == 1].mean().item(), "kl_failed": kl[passed == 0].mean().item(),
+        "perplexity_gap": math.exp(-student.mean()) - math.exp(-teacher.mean()),
+        "epistemic_mass": mass.mean().item(), "clipped_share": (kl > clip).double().mean().item(),
+    }  # fmt: skip
+
+
 def oracle_steps(case: cases.Case, start: dict[str, Tensor]) -> cases.Steps:
     _, config, samples, student_path, teacher_path = case
     learner = config.learner
@@ -104,10 +127,10 @@ def oracle_steps(case: cases.Case, start: dict[str, Tensor]) -> cases.Steps:
         {"params": [p for p in factors.values() if p.dim() == 1], "weight_decay": 0.0},
     ]
     adam = torch.optim.AdamW([group for group in groups if group["params"]], betas=(learner.adam_beta1, learner.adam_beta2), eps=1e-8)
-    trace: cases.Steps = {"loss": [], "gradients": [], "adapters": [start]}
+    trace: cases.Steps = {"metrics": [], "loss": [], "gradients": [], "adapters": [start]}
     for step, rate in enumerate(RATES):
         batch = samples[4 * step : 4 * step + 4]
-        losses = []
+        losses, figures = [], []
         for sample in batch:
             with torch.no_grad():
                 if teacher is not None:
@@ -115,7 +138,11 @@ def oracle_steps(case: cases.Case, start: dict[str, Tensor]) -> cases.Steps:
                 else:
                     with student.model.disable_adapter():
                         target = student.logits(sample.teacher_prompt_ids, sample.response_ids)
-            losses.append(per_token(student.logits(sample.student_prompt_ids, sample.response_ids), target, config).sum())
+            logits = student.logits(sample.student_prompt_ids, sample.response_ids)
+            losses.append(per_token(logits, target, config).sum())
+            ids = torch.tensor(sample.response_ids)
+            figures.append(figures_of(logits.detach(), target, ids, sample.rollout_passed, config))
+        trace["metrics"].append(metrics_of(torch.cat(figures), config))
         loss = torch.stack(losses).sum() / sum(len(sample.response_ids) for sample in batch)
         adam.zero_grad()
         loss.backward()
@@ -163,7 +190,10 @@ def test_ten_steps_equal_transformers_and_peft(architecture: str, tmp_path: Path
     ]
     [ours] = run_ranks(1, cases.traced_steps, built, [(ONE, {})], RATES)[0]
     for case, got in zip(built, ours, strict=True):
-        for name, gap in distance(got, oracle_steps(case, got["adapters"][0])).items():
+        want = oracle_steps(case, got["adapters"][0])
+        for mine, theirs in zip(got["metrics"], want["metrics"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-6)  # the quantiles are kept in float32
+        for name, gap in distance(got, want).items():
             assert gap < 1e-8, (case[0], name, gap)
         moved = distance({**got, "adapters": got["adapters"][:1] * (STEPS + 1)}, got)["adapters"]
         assert moved > 0.01, (case[0], moved)  # the ten steps go somewhere
@@ -206,5 +236,7 @@ def test_no_layout_and_no_packing_changes_anything(ranks: int, plain: Built) -> 
             for case, got, want in zip(built, traces, expected, strict=True):
                 if "float32" in case[0]:  # the first step: after it Adam has blown rounding up to the size of an update
                     got, want = ({name: values[:1] for name, values in trace.items()} for trace in (got, want))
+                for mine, theirs in zip(got["metrics"], want["metrics"], strict=True):
+                    assert mine == pytest.approx(theirs, rel=1e-4 if "float32" in case[0] else 1e-6, abs=1e-6)
                 for name, gap in distance(got, want).items():
                     assert gap < (1e-5 if "float32" in case[0] else 1e-8), (case[0], place, changes, name, gap)

@@ -36,7 +36,7 @@ class Sums:
     per_token: Tensor  # [tokens] float32, before the clip, in no particular order
 
     def metrics(self) -> dict[str, Any]:
-        """Means per response token and quantiles; None where no token counts."""
+        """Means per response token and quantiles; None where no token counts or a float cannot hold the value."""
         means = {name: getattr(self, name) / self.tokens for name in ("loss", "kl", "student_nll", "teacher_nll")}
         split = {
             f"kl_{name}": kl / tokens if tokens else None
@@ -45,16 +45,9 @@ class Sums:
         ordered = self.per_token.sort().values
         ranks = {name: math.ceil(q * self.tokens) - 1 for name, q in QUANTILES.items()}
         quantiles = {name: float(ordered[index]) for name, index in ranks.items()}
-        return (
-            means
-            | split
-            | quantiles
-            | {
-                "perplexity_gap": math.exp(means["student_nll"]) - math.exp(means["teacher_nll"]),
-                "epistemic_mass": self.epistemic / self.tokens,
-                "clipped_share": self.clipped / self.tokens,
-            }
-        )
+        gap = float(torch.tensor([means["student_nll"], means["teacher_nll"]], dtype=torch.float64).exp().diff().neg())
+        shares = {"epistemic_mass": self.epistemic / self.tokens, "clipped_share": self.clipped / self.tokens}
+        return means | split | quantiles | shares | {"perplexity_gap": gap if math.isfinite(gap) else None}
 
 
 class Totals:

@@ -33,7 +33,7 @@ setup(
         "rich>=13.9",
         "safetensors>=0.5",
         "tensorboard>=2.18",
-        "torch>=2.13",
+        "torch>=2.13,<2.14",  # divergence/products.py calls a private operator of oneDNN's
         "transformers>=5.0",
         "typer>=0.15",
     ],

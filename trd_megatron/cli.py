@@ -206,7 +206,7 @@ def bench_kl(
 
       products_fast: the same products as linear_kl calls them
 
-      linear_kl: this package's loss, as the learner calls it
+      linear_kl: this package's loss, with its default arguments
 
       plain: log_softmax of whole logits, kl_div, autograd
 

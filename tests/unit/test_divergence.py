@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,6 +110,14 @@ def test_the_clip_of_the_grid_holds_for_some_tokens_and_not_for_others(kind: Any
 @pytest.mark.parametrize(("kind", "top_k"), KINDS_AND_TOP_K)
 def test_float64_stays_float64(kind: Any, top_k: int | None) -> None:
     check(make_problem(7, torch.float64), Divergence(kind, top_k=top_k, temperature=1.3), 3, relative=1e-12, absolute=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_in_several_blocks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trd_megatron.divergence.products._COLUMNS", 7)
+    monkeypatch.setattr(sys.modules["trd_megatron.divergence.linear_kl"], "_ROWS", 5)
+    bars = (2e-5, 1e-6) if dtype == torch.float32 else (2e-2, 5e-2)
+    check(make_problem(9, dtype), Divergence("reverse"), 4, *bars)
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jsd"])
@@ -404,6 +413,14 @@ def test_divergence_refuses(settings: dict[str, Any], name: str) -> None:
         ({"token_set": [VOCAB]}, "token_set"),
         ({"token_set": [-1]}, "token_set"),
         ({"token_weights": torch.ones(2)}, "token_weights"),
+        ({"token_weights": torch.ones(3, dtype=torch.bfloat16)}, "token_weights is torch.bfloat16"),
+        ({"targets": torch.ones(3)}, "targets is torch.float32"),
+        ({"token_set": [0.5, 1.7]}, "token_set is torch.float32"),
+        ({"token_set": torch.ones(VOCAB).bool()}, "token_set is torch.bool"),
+        (
+            {name: make_problem(3)[name].detach().half() for name in ("student_hidden", "student_weight")},
+            "student_hidden is torch.float16",
+        ),
         ({"teacher_hidden": torch.ones(2, TEACHER_HIDDEN)}, "teacher_hidden"),
         ({"teacher_hidden": torch.ones(3, 5)}, "teacher_weight"),
         ({"teacher_weight": torch.ones(PADDED + 1, TEACHER_HIDDEN)}, "rows"),

@@ -51,8 +51,8 @@ def top_k_ids(logits: Tensor, k: int) -> Tensor:
     values, ids = logits.topk(min(k + 1, vocab), dim=1)
     chosen = ids[:, :k]
     if k < vocab:
-        tied = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
-        if tied.numel():
+        every_tied = (values[:, k - 1] == values[:, k]).nonzero().squeeze(1)
+        for tied in every_tied.split(16) if every_tied.numel() else ():  # a few rows at a time: bfloat16 logits tie in most of them
             border = values[tied, k - 1, None]  # [n, 1]
             id_order = -torch.arange(vocab, dtype=torch.int32, device=logits.device)
             lowest_equal = torch.where(logits[tied] == border, id_order, -vocab).topk(k, dim=1).indices  # [n, k] ascending ids

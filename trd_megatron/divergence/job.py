@@ -33,7 +33,9 @@ class Job:
 
     @property
     def top_k(self) -> int | None:
-        return None if self.divergence.top_k is None else min(self.divergence.top_k, self.vocab)
+        """None: the full vocabulary, as is a support of all its words."""
+        k = self.divergence.top_k
+        return None if k is None or k >= self.vocab else k
 
     @property
     def wants_grad(self) -> bool:

@@ -24,6 +24,7 @@ from trd_megatron.divergence.row_work import Kernels, chunk_rows
 from trd_megatron.divergence.spec import Divergence, KLOutput
 
 Backend = Literal["auto", "torch", "triton"]
+_ROWS = 8192  # of a half-precision weight gradient that are added up in float32 at a time
 
 
 def linear_kl(
@@ -66,6 +67,8 @@ def linear_kl(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}; it must be at least 1")
     if targets is not None:
+        if targets.dtype != torch.int64:
+            raise ValueError(f"targets is {targets.dtype}; ids are int64")
         if targets.shape != (tokens,):
             raise ValueError(f"targets has shape {list(targets.shape)}; expected [{tokens}], one id per token")
         _check_ids("targets", targets, vocab)
@@ -73,7 +76,10 @@ def linear_kl(
     rows = min(max(vocab - first, 0), local_vocab)
     set_columns = None
     if token_set is not None:
-        ids = torch.as_tensor(token_set, dtype=torch.long, device=student_hidden.device).unique()
+        ids = torch.as_tensor(token_set, device=student_hidden.device)
+        if ids.numel() and ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"token_set is {ids.dtype}; ids are whole numbers")
+        ids = ids.long().unique()
         _check_ids("token_set", ids, vocab)
         set_columns = ids[(ids >= first) & (ids < first + rows)] - first
     grad = torch.is_grad_enabled()
@@ -127,6 +133,11 @@ def _check_tensors(
             f"student_weight has {student_weight.shape[0]} rows and teacher_weight {teacher_weight.shape[0]}; "
             "pad the smaller vocabulary and pass vocab_size"
         )
+    for name, tensor in (("student_hidden", student_hidden), ("teacher_hidden", teacher_hidden)):
+        if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16):
+            raise ValueError(f"{name} is {tensor.dtype}; it must be float32, bfloat16 or float64 (float16 cannot hold a token's gradient)")
+    if token_weights.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"token_weights is {token_weights.dtype}; it must be float32 or float64")
     if token_weights.shape != student_hidden.shape[:1]:
         raise ValueError(f"token_weights has shape {list(token_weights.shape)}; expected [{student_hidden.shape[0]}]")
 
@@ -204,5 +215,5 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == left.dtype:
         total.addmm_(left, right)
         return
-    for start in range(0, total.shape[0], 8192):
-        total[start : start + 8192] += left[start : start + 8192] @ right
+    for start in range(0, total.shape[0], _ROWS):
+        total[start : start + _ROWS] += left[start : start + _ROWS] @ right

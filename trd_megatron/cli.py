@@ -216,7 +216,7 @@ def bench_kl(
 
       top64, linear_kl_top64: KL over the teacher's 64 likeliest ids, from whole logits (as NeMo-RL does) and with linear_kl
 
-    TRL and Liger: pip install 'trd_megatron\\[bench]'. Without them the tables say so.
+    TRL and Liger: pip install -e '.\\[bench]'. Without them the tables say so.
 
     Sides run one at a time in processes of their own and take turns; time is the median of the timed calls. Memory is the highest
     moment above what was there before the first call. Sides that compute the same loss must agree on it. At the default sizes

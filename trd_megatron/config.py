@@ -359,7 +359,7 @@ def _check_lora(lora: LoraConfig) -> None:
     known = LoraConfig().targets
     for target in lora.targets:
         if target not in known:
-            raise UserError(f"learner.lora.targets: no layer named '{target}', {_nearest(target, known)} known: {', '.join(known)}")
+            raise UserError(f"learner.lora.targets: no layer named '{target}'; known: {', '.join(known)}")
     if not lora.targets or len(set(lora.targets)) < len(lora.targets):
         raise UserError("learner.lora.targets needs at least one layer, each once")
 
@@ -427,6 +427,8 @@ def check(config: Config) -> None:
             f"learner.max_tokens_per_micro_batch={learner.max_tokens_per_micro_batch} is below the longest sequence, "
             f"the prompt budget plus {'refine' if trained is config.refine else 'rollout'}.max_response_tokens = {longest}"
         )
+    if learner.kl_backend == "triton" and (learner.device == "cpu" or learner.dtype == "float64"):
+        raise UserError("learner.kl_backend=triton needs learner.device=cuda and float32 or bfloat16: set learner.kl_backend=auto")
     _check_lora(learner.lora)
     divergence = config.method.divergence
     if not 0 < divergence.beta < 1:

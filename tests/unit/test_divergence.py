@@ -415,6 +415,8 @@ def test_divergence_refuses(settings: dict[str, Any], name: str) -> None:
         ({"token_weights": torch.ones(2)}, "token_weights"),
         ({"token_weights": torch.ones(3, dtype=torch.bfloat16)}, "token_weights is torch.bfloat16"),
         ({"targets": torch.ones(3)}, "targets is torch.float32"),
+        ({"divergence": "forward"}, "pass a Divergence"),
+        ({"student_weight": torch.ones(PADDED, STUDENT_HIDDEN, device="meta")}, "student_weight is on meta"),
         ({"token_set": [0.5, 1.7]}, "token_set is torch.float32"),
         ({"token_set": torch.ones(VOCAB).bool()}, "token_set is torch.bool"),
         (
@@ -429,7 +431,7 @@ def test_divergence_refuses(settings: dict[str, Any], name: str) -> None:
 )
 def test_linear_kl_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        linear_kl(**make_problem(3) | change, divergence=Divergence("forward"))
+        linear_kl(**{"divergence": Divergence("forward")} | make_problem(3) | change)
 
 
 def test_dense_kl_refuses_other_shapes() -> None:

@@ -34,7 +34,7 @@ from trd_megatron.run_dir import write_json
 SEED = 0
 # Largest relative difference between losses that should be one. The peers add up bfloat16 losses in bfloat16, in steps of 0.4 %.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
-NOT_INSTALLED = "not installed (pip install 'trd_megatron[bench]')"
+NOT_INSTALLED = "not installed (pip install -e '.[bench]')"
 
 
 class DisagreementError(RuntimeError):
@@ -227,6 +227,9 @@ def benchmark(settings: Settings, out: Path, on_tokens: Callable[[list[Row]], No
     A side that fails or is not installed has rows that say so. Raises DisagreementError where losses that should be one differ,
     UserError where memory cannot be measured or the inputs have no room.
     """
+    if not os.access(next(folder for folder in (out, *out.absolute().parents) if folder.exists()), os.W_OK) or out.is_file():
+        raise UserError(f"--out {out}: not a folder that can be written")
+    out.mkdir(parents=True, exist_ok=True)
     if settings.device == "cpu":
         try:
             HostMemory()

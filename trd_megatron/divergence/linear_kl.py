@@ -56,6 +56,8 @@ def linear_kl(
     Collective over tp_group; all ranks must pass the same but for the weights. Raises ValueError for shapes, dtypes, ids or
     settings that do not fit together, and for backend "triton" without a GPU, without triton or for float64.
     """
+    if not isinstance(divergence, Divergence):
+        raise ValueError(f"divergence is {divergence!r}; pass a Divergence, e.g. Divergence('forward')")
     kernels = _choose_kernels(backend, student_hidden)
     ranks = 1 if tp_group is None else dist.get_world_size(tp_group)
     rank = 0 if tp_group is None else dist.get_rank(tp_group)
@@ -133,6 +135,10 @@ def _check_tensors(
             f"student_weight has {student_weight.shape[0]} rows and teacher_weight {teacher_weight.shape[0]}; "
             "pad the smaller vocabulary and pass vocab_size"
         )
+    others = {"student_weight": student_weight, "teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
+    for name, tensor in (others | {"token_weights": token_weights}).items():
+        if tensor.device != student_hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}, student_hidden on {student_hidden.device}")
     for name, tensor in (("student_hidden", student_hidden), ("teacher_hidden", teacher_hidden)):
         if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16):
             raise ValueError(f"{name} is {tensor.dtype}; it must be float32, bfloat16 or float64 (float16 cannot hold a token's gradient)")

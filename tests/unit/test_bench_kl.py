@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trd_megatron import cli
+from tests.unit.test_cli import trd
 from trd_megatron.bench import kl, kl_report
 from trd_megatron.bench.kl_report import Row
 from trd_megatron.bench.kl_sides import SIDES, load_inputs, write_inputs
@@ -27,15 +27,6 @@ ROW_KEYS = {
     "name", "side", "tokens", "rank", "ranks", "threads", "status", "error", "loss", "seconds", "seconds_median", "seconds_min",
     "seconds_max", "memory_bytes",
 }  # fmt: skip
-
-
-def trd(*arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """(exit code, standard output, standard error)"""
-    monkeypatch.setattr(sys, "argv", ["trd", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 def test_the_command_writes_figures_and_a_table_for_each_number_of_tokens(

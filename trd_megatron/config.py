@@ -131,10 +131,31 @@ class LearnerConfig:
     )
     tensor_model_parallel_size: int = opt(1, "Ranks that share every layer.", layout=True)
     sequence_parallel: bool = opt(False, "Also split activations between layers over these ranks.", layout=True)
+    context_parallel_size: int = opt(1, "Ranks that share every sequence: attention over long ones.", layout=True)
     data_parallel_size: int = opt(1, "Copies of the model that share a global batch.", layout=True)
     max_tokens_per_micro_batch: int = opt(38912, "Tokens packed into one forward of the teacher or the student.", layout=True)
     trainable: str = opt("lora", "lora: adapters on a frozen model. full: every parameter.", choices=("lora", "full"))
-    recompute: bool = opt(True, "Recompute the student's layers in backward instead of keeping their activations.", layout=True)
+    transformer_impl: str = opt(
+        "auto",
+        "What the layers are made of. auto: Transformer Engine on cuda in bfloat16 where it is installed, else local.",
+        choices=("auto", "transformer_engine", "local"),
+        layout=True,
+    )
+    fp8: str = opt(
+        "none",
+        "Linear layers in fp8 (Transformer Engine), by this scaling recipe.",
+        choices=("none", "delayed", "current", "blockwise", "mxfp8"),
+    )
+    fp8_bf16_layers: int = opt(0, "fp8: so many layers at each end of the model stay in bfloat16. Not with fp8=delayed.")
+    recompute: str = opt(
+        "full",
+        "What backward computes again instead of keeping it. full: the student's layers. selective: their MLPs only.",
+        choices=("none", "selective", "full"),
+        layout=True,
+    )
+    teacher_offload: bool = opt(
+        False, "A teacher with weights of its own stays in host memory but for its forwards, one per optimizer step.", layout=True
+    )
     kl_chunk_tokens: int = opt(512, "Rows of logits held at once by the loss.", layout=True)
     kl_backend: str = opt(
         "auto", "Row kernels of the loss; auto: triton on cuda, torch on cpu.", choices=("auto", "torch", "triton"), layout=True
@@ -155,6 +176,11 @@ class LearnerConfig:
     checkpoint_interval: int = opt(20, "Steps between checkpoints; the last step is always one.")
     max_restarts: int = opt(3, "Times that the ranks go on from the last checkpoint after one of them was lost.", layout=True)
     keep_checkpoints: int = opt(4, "Checkpoints kept, the best (held-out KL) and the last always among them.")
+
+    @property
+    def ranks(self) -> int:
+        """Processes that the learner runs in."""
+        return self.tensor_model_parallel_size * self.context_parallel_size * self.data_parallel_size
 
 
 @dataclass
@@ -333,8 +359,9 @@ POSITIVE = (
     "refine.max_prompt_tokens", "refine.max_response_tokens", "refine.max_reference_tokens", "refine.shard_size",
     "evaluate.max_prompt_tokens", "evaluate.max_response_tokens", "evaluate.samples", "evaluate.shard_size",
     "engine.batch_size", "verify.timeout_s", "verify.workers", "method.divergence.temperature",
-    "learner.tensor_model_parallel_size", "learner.data_parallel_size", "learner.max_tokens_per_micro_batch",
-    "learner.kl_chunk_tokens", "learner.global_batch_size", "learner.epochs", "learner.learning_rate", "learner.clip_grad",
+    "learner.tensor_model_parallel_size", "learner.context_parallel_size", "learner.data_parallel_size",
+    "learner.max_tokens_per_micro_batch", "learner.kl_chunk_tokens", "learner.global_batch_size", "learner.epochs",
+    "learner.learning_rate", "learner.clip_grad",
     "learner.lora.rank", "learner.lora.alpha", "learner.held_out_samples", "learner.eval_interval",
     "learner.checkpoint_interval", "learner.keep_checkpoints",
 )  # fmt: skip
@@ -362,6 +389,23 @@ def _check_lora(lora: LoraConfig) -> None:
             raise UserError(f"learner.lora.targets: no layer named '{target}'; known: {', '.join(known)}")
     if not lora.targets or len(set(lora.targets)) < len(lora.targets):
         raise UserError("learner.lora.targets needs at least one layer, each once")
+
+
+def _check_precision(learner: LearnerConfig) -> None:
+    engine = learner.device == "cuda" and learner.dtype == "bfloat16"
+    if learner.transformer_impl == "transformer_engine" and not engine:
+        raise UserError(
+            "learner.transformer_impl=transformer_engine needs learner.device=cuda and learner.dtype=bfloat16: "
+            "set learner.transformer_impl=auto"
+        )
+    if learner.fp8 != "none" and (not engine or learner.transformer_impl == "local"):
+        raise UserError(
+            f"learner.fp8={learner.fp8} needs learner.device=cuda, learner.dtype=bfloat16 and Transformer Engine: set learner.fp8=none"
+        )
+    if learner.fp8_bf16_layers < 0:
+        raise UserError(f"learner.fp8_bf16_layers={learner.fp8_bf16_layers}: must be 0 or above")
+    if learner.fp8_bf16_layers and learner.fp8 in ("none", "delayed"):
+        raise UserError(f"learner.fp8_bf16_layers needs learner.fp8=current, blockwise or mxfp8, not {learner.fp8}")
 
 
 def check(config: Config) -> None:
@@ -430,6 +474,12 @@ def check(config: Config) -> None:
     if learner.kl_backend == "triton" and (learner.device == "cpu" or learner.dtype == "float64"):
         raise UserError("learner.kl_backend=triton needs learner.device=cuda and float32 or bfloat16: set learner.kl_backend=auto")
     _check_lora(learner.lora)
+    _check_precision(learner)
+    if learner.teacher_offload and (learner.device == "cpu" or (config.mode == "opsd" and learner.trainable == "lora")):
+        raise UserError(
+            "learner.teacher_offload=true needs learner.device=cuda and a teacher with weights of its own (mode=opd, or "
+            "learner.trainable=full): set it to false"
+        )
     divergence = config.method.divergence
     if not 0 < divergence.beta < 1:
         raise UserError(f"method.divergence.beta={divergence.beta}: must lie between 0 and 1, both excluded")

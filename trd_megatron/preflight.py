@@ -15,12 +15,11 @@ def check_devices(config: Config) -> None:
     gpus = torch.cuda.device_count()
     if config.engine.device == "cuda" and not gpus:
         raise UserError("engine.device=cuda, but this machine has no usable GPU: set engine.device=cpu")
-    learner = config.learner
-    ranks = learner.tensor_model_parallel_size * learner.data_parallel_size
-    if learner.device == "cuda" and gpus < ranks:
+    ranks = config.learner.ranks
+    if config.learner.device == "cuda" and gpus < ranks:
         raise UserError(
-            f"learner.device=cuda with {ranks} ranks (tensor_model_parallel_size x data_parallel_size), but this machine has {gpus} "
-            "usable GPUs: choose learner=cpu, or fewer ranks"
+            f"learner.device=cuda with {ranks} ranks (learner.tensor_model_parallel_size x context_parallel_size x data_parallel_size), "
+            f"but this machine has {gpus} usable GPUs: choose learner=cpu, or fewer ranks"
         )
 
 

@@ -12,7 +12,7 @@ from trd_megatron.convert.adapter import merge
 from trd_megatron.learner import checkpoint, cpu
 from trd_megatron.learner.checkpoint_files import saved_steps
 from trd_megatron.learner.model import Model
-from trd_megatron.learner.packing import Sample, pack
+from trd_megatron.learner.packing import Cut, Sample, pack
 from trd_megatron.learner.parallel import Parallel, setup
 from trd_megatron.learner.train import NonFiniteError, Trainer, train
 from trd_megatron.learner.trained import Trained
@@ -90,7 +90,7 @@ def logits(rank: int, config: Config, folders: list[Path], ids: list[list[int]],
 
 
 def _logits(model: Model, parallel: Parallel, ids: list[list[int]]) -> list[torch.Tensor]:
-    packing = pack([one[:1] for one in ids], [one[1:] for one in ids], parallel.tp_size, parallel.device, [0] * len(ids))
+    packing = pack([one[:1] for one in ids], [one[1:] for one in ids], Cut(parallel.tp_size), parallel.device, [0] * len(ids))
     with torch.no_grad():
         local = model.hidden_states(packing) @ model.output_weight.T
         parts = [torch.empty_like(local) for _ in range(parallel.tp_size)]

@@ -110,7 +110,7 @@ def test_every_method_has_the_same_figures_on_every_layout(method_cases: list[ca
 
 def test_packing_recomputation_and_chunks_change_nothing(method_cases: list[cases.Case]) -> None:
     some = [case for case in method_cases if case[0] in ("trd opsd", "trd opd")]
-    changes: list[dict[str, Any]] = [{}, {"max_tokens_per_micro_batch": 900}, {"recompute": True}, {"kl_chunk_tokens": 3}]
+    changes: list[dict[str, Any]] = [{}, {"max_tokens_per_micro_batch": 900}, {"recompute": "full"}, {"kl_chunk_tokens": 3}]
     plain, *others = run_ranks(1, cases.three_steps, some, [(ONE, change) for change in changes])[0]
     [together] = run_ranks(2, cases.three_steps, some, [(PAIRS[1], changes[1] | changes[2])])[0]
     for result in (*others, together):

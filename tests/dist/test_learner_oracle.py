@@ -201,11 +201,17 @@ def test_ten_steps_equal_transformers_and_peft(architecture: str, tmp_path: Path
 
 UNPACKED = {"max_tokens_per_micro_batch": 72}  # the longest sample has 44 + 24 tokens: about one sample per micro-batch
 LAYOUTS: dict[int, list[tuple[cases.Layout, dict[str, Any]]]] = {
-    1: [(ONE, UNPACKED), (ONE, {"max_tokens_per_micro_batch": 150, "recompute": True})],
-    2: [((2, False, 1), {}), ((2, True, 1), UNPACKED), ((1, False, 2), UNPACKED)],
-    3: [((3, False, 1), UNPACKED), ((3, True, 1), {"recompute": True}), ((1, False, 3), {})],
-    4: [((4, True, 1), {}), ((2, False, 2), UNPACKED), ((2, True, 2), {"recompute": True}), ((1, False, 4), {})],
-}
+    1: [(ONE, UNPACKED), (ONE, {"max_tokens_per_micro_batch": 150, "recompute": "full"})],
+    2: [((2, False, 1), {}), ((2, True, 1), UNPACKED), ((1, False, 2), UNPACKED), (ONE, {"context_parallel_size": 2})],
+    3: [
+        ((3, False, 1), UNPACKED), ((3, True, 1), {"recompute": "full"}), ((1, False, 3), {}),
+        (ONE, {"context_parallel_size": 3, "recompute": "selective"}),
+    ],
+    4: [
+        ((4, True, 1), {}), ((2, False, 2), UNPACKED), ((2, True, 2), {"recompute": "full"}), ((1, False, 4), {}),
+        ((2, True, 1), {"context_parallel_size": 2, "recompute": "full"}), ((1, False, 2), {"context_parallel_size": 2} | UNPACKED),
+    ],
+}  # fmt: skip
 
 
 Built = tuple[list[cases.Case], list[cases.Steps]]  # with the steps of one rank

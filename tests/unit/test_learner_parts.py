@@ -20,7 +20,7 @@ from trd_megatron.convert.architecture import Architecture
 from trd_megatron.convert.mapping import entries, expected_shapes, fuse_qkv, shard
 from trd_megatron.errors import UserError
 from trd_megatron.learner.checkpoint_files import best_step, prune, saved_steps, step_folder
-from trd_megatron.learner.packing import Sample, deal, micro_batches, pack
+from trd_megatron.learner.packing import Cut, Sample, deal, micro_batches, pack
 from trd_megatron.planning import adapter_parameters
 from trd_megatron.stages.export import choose_step
 
@@ -89,27 +89,27 @@ def sample(student: int, teacher: int, response: int, name: str = "p") -> Sample
 
 
 def test_rows_predict_their_targets() -> None:
-    packing = pack([[1, 2, 3], [4]], [[5, 6], [7, 8]], 4, CPU, [11, 12])
+    packing = pack([[1, 2, 3], [4]], [[5, 6], [7, 8]], Cut(4), CPU, [11, 12])
     assert packing.ids.tolist() == [1, 2, 3, 5, 6, 4, 7, 8]
     assert packing.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
     assert packing.cu_seqlens.tolist() == [0, 5, 8]
     assert packing.rows.tolist() == [2, 3, 5, 6]
     assert packing.targets.tolist() == [5, 6, 7, 8]
     assert packing.ids[packing.rows + 1].tolist() == packing.targets.tolist()
-    padded = pack([[1, 2, 3]], [[5, 6]], 4, CPU, [11])
+    padded = pack([[1, 2, 3]], [[5, 6]], Cut(4), CPU, [11])
     assert padded.cu_seqlens.tolist() == [0, 5, 8]  # padding is a segment of its own
     assert padded.rows.tolist() == [2, 3]
 
 
 def test_micro_batches_keep_the_order_and_the_limit() -> None:
     samples = [sample(5, 9, 3, "a"), sample(4, 2, 8, "b"), sample(9, 9, 3, "c")]
-    batches = micro_batches(samples, 24, 1, CPU)
+    batches = micro_batches(samples, 24, Cut(), CPU)
     assert [[s.problem_id for s in batch.samples] for batch in batches] == [["a", "b"], ["c"]]
     for batch in batches:
         assert max(len(batch.student.ids), len(batch.teacher.ids)) <= 24
         assert torch.equal(batch.student.targets, batch.teacher.targets)
     with pytest.raises(ValueError, match="a: 12 tokens do not fit into 11"):
-        micro_batches(samples, 11, 1, CPU)
+        micro_batches(samples, 11, Cut(), CPU)
 
 
 def test_dealing_is_disjoint_complete_and_balanced() -> None:

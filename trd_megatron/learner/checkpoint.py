@@ -41,7 +41,7 @@ def _state_dict(optimizer: Optimizer, parallel: Parallel) -> dict[str, Any]:
     """What is trained, from every rank, and Adam's state of this rank's share, as sharded tensors."""
     state: dict[str, Any] = {}
     for index, one in enumerate(optimizer.trained):
-        state |= _sharded("", one.parameter.data, one, parallel.dp_rank, parallel)
+        state |= _sharded("", one.parameter.data, one, parallel.dp_cp_rank, parallel)
         if index in optimizer.masters:
             for name, moment in optimizer.moments(index).items():
                 state |= _sharded(f"{name}.", moment, one, 0, parallel)

@@ -51,7 +51,7 @@ class Sums:
 
 
 class Totals:
-    """Collects a rank's micro-batches; `over_ranks` adds up the data-parallel ranks."""
+    """Collects a rank's micro-batches; `over_ranks` adds up the ranks that hold other tokens."""
 
     def __init__(self, clip: float | None, parallel: Parallel) -> None:
         self.clip, self.parallel = clip, parallel
@@ -61,10 +61,7 @@ class Totals:
     def add(self, batch: MicroBatch, output: KLOutput) -> None:
         assert output.student_logprob is not None and output.teacher_logprob is not None and output.teacher_set_mass is not None
         kl = output.unclipped.double()
-        passed, failed = (
-            torch.tensor([s.rollout_passed is outcome for s in batch.samples]).repeat_interleave(batch.response_lengths).to(kl.device)
-            for outcome in (True, False)
-        )
+        passed, failed = (batch.of_rows([sample.rollout_passed is outcome for sample in batch.samples]) for outcome in (True, False))
         clipped = output.unclipped > (math.inf if self.clip is None else self.clip)
         columns = (
             torch.ones_like(kl), output.per_token, kl, -output.student_logprob, -output.teacher_logprob, output.teacher_set_mass,
@@ -77,11 +74,11 @@ class Totals:
     def over_ranks(self) -> Sums:
         device = self.parallel.device
         mine = torch.cat(self._per_token) if self._per_token else torch.empty(0, device=device)
-        if self.parallel.dp_size > 1:
-            group = self.parallel.dp_group
+        if self.parallel.dp_cp_size > 1:
+            group = self.parallel.dp_cp_group
             dist.all_reduce(self._sums, group=group)
-            lengths = torch.zeros(self.parallel.dp_size, dtype=torch.int64, device=device)
-            lengths[self.parallel.dp_rank] = len(mine)
+            lengths = torch.zeros(self.parallel.dp_cp_size, dtype=torch.int64, device=device)
+            lengths[self.parallel.dp_cp_rank] = len(mine)
             dist.all_reduce(lengths, group=group)
             longest = int(lengths.max())
             parts = [mine.new_empty(longest) for _ in lengths]

@@ -51,7 +51,7 @@ def run_ranks(folder: Path, config: LearnerConfig) -> Iterator[dict[str, Any]]:
     killed when the caller stops reading or dies.
     """
     (folder / ERROR).unlink(missing_ok=True)
-    ranks = config.tensor_model_parallel_size * config.data_parallel_size
+    ranks = config.ranks
     threads = max((os.cpu_count() or 1) // ranks, 1) if config.device == "cpu" else 1
     command = [sys.executable, "-m", "trd_megatron.learner.torchrun", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
     command += [

@@ -78,22 +78,22 @@ class AdaptedLinear(torch.nn.Module):
         output, bias = self.base(x)
         if not self.enabled:
             return output, bias
-        x = x.to(self.dtype)
+        # The factors are float32 or float64; their products are made in the activations' precision, as the layer's own.
         if self.row_keys is None:
-            inner = torch.nn.functional.linear(x, torch.cat(list(self.a)))  # [T or T / tp, 1, projections * rank]
+            inner = torch.nn.functional.linear(x, torch.cat(list(self.a)).to(x.dtype))  # [T or T / tp, 1, projections * rank]
         else:  # each adapter drops its own inputs, as in PEFT
             pairs = zip(self.names, self.a, strict=True)
-            inner = torch.cat([torch.nn.functional.linear(self._dropped(x, name), a) for name, a in pairs], dim=-1)
+            inner = torch.cat([torch.nn.functional.linear(self._dropped(x, name), a.to(x.dtype)) for name, a in pairs], dim=-1)
         if self.parallel.tp_size > 1:
             inner = self._exchange(inner)
         outer = [inner.new_zeros(()).expand(*inner.shape[:-1], out) for out in self.outs]
         for slot, part, b in zip(self.slots, inner.chunk(len(self.b), -1), self.b, strict=True):
-            outer[slot] = torch.nn.functional.linear(part, b)
+            outer[slot] = torch.nn.functional.linear(part, b.to(part.dtype))
         if self.kind == "linear_qkv":
             update = fuse_qkv(outer, groups=self.architecture.num_query_groups // self.parallel.tp_size, dim=-1)
         else:
             update = torch.cat(outer, dim=-1)
-        return output + (self.scale * update).to(output.dtype), bias
+        return output + self.scale * update, bias
 
     def _dropped(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """x [T or T / tp, 1, width or width / tp] with a share of its elements at 0 and the others scaled up."""

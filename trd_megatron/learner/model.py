@@ -8,7 +8,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors import SafetensorError, safe_open
@@ -20,6 +19,7 @@ from trd_megatron.errors import UserError
 from trd_megatron.learner.attention import SegmentedAttention
 from trd_megatron.learner.packing import Packing
 from trd_megatron.learner.parallel import Parallel
+from trd_megatron.learner.stack import Installed, Stack, choose
 from trd_megatron.learner.trained import Trained, every_parameter
 
 
@@ -35,9 +35,26 @@ class RMSNorm(torch.nn.Module):
         return torch.nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-def transformer_config(architecture: Architecture, config: LearnerConfig, parallel: Parallel) -> TransformerConfig:
+def transformer_config(architecture: Architecture, config: LearnerConfig, parallel: Parallel, stack: Stack) -> TransformerConfig:
     """Megatron's configuration of this model on this layout."""
     dtype = getattr(torch, config.dtype)
+    granularities: dict[str, dict[str, Any]] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }
+    fp8: dict[str, Any] = {}
+    if stack.fp8 is not None:
+        fp8 = {
+            "fp8": stack.fp8.number_format,
+            "fp8_recipe": stack.fp8.megatron,
+            "fp8_amax_history_len": 1024,  # delayed scaling as Transformer Engine's own defaults have it
+            "fp8_amax_compute_algo": "max",
+            "tp_only_amax_red": True,  # data-parallel ranks have different numbers of micro-batches
+            "first_last_layers_bf16": config.fp8_bf16_layers > 0,
+            "num_layers_at_start_in_bf16": config.fp8_bf16_layers,
+            "num_layers_at_end_in_bf16": config.fp8_bf16_layers,
+        }
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -55,33 +72,47 @@ def transformer_config(architecture: Architecture, config: LearnerConfig, parall
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp_size,
+        context_parallel_size=parallel.cp_size,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        recompute_granularity="full" if config.recompute else None,
-        recompute_method="uniform" if config.recompute else None,
-        recompute_num_layers=1 if config.recompute else None,
         perform_initialization=False,  # every weight is loaded
         use_cpu_initialization=parallel.device.type == "cpu",
         bias_dropout_fusion=False,
+        bias_activation_fusion=parallel.device.type == "cuda",  # SwiGLU in one kernel, compiled by PyTorch
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        apply_rope_fusion=stack.transformer_engine,
+        gradient_accumulation_fusion=stack.gradient_accumulation_fusion,
         persist_layer_norm=False,
+        **granularities[config.recompute],
+        **fp8,
     )
 
 
-def layer_spec(architecture: Architecture) -> ModuleSpec:
-    """Megatron's own layer with our norm and our packed attention in place of the ones that need a GPU."""
+def block_spec(architecture: Architecture, stack: Stack) -> TransformerBlockSubmodules:
+    """Megatron's own layer with our norm and our packed attention, or with Transformer Engine's modules.
+
+    Transformer Engine's norms stay apart from the linear layers that follow, which it could fuse: the adapters need what lies between.
+    Parameters have the same names either way.
+    """
+    norm: Any = RMSNorm
     spec = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
     layer = spec.submodules
-    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-    attention = layer.self_attention.submodules
-    attention.core_attention = SegmentedAttention
+    attention, mlp = layer.self_attention.submodules, layer.mlp.submodules
+    if stack.transformer_engine:
+        from megatron.core.extensions import transformer_engine as te
+
+        norm = te.TENorm
+        attention.linear_qkv, attention.linear_proj = te.TEColumnParallelLinear, te.TERowParallelLinear
+        mlp.linear_fc1, mlp.linear_fc2 = te.TEColumnParallelLinear, te.TERowParallelLinear
+        attention.core_attention = te.TEDotProductAttention
+    else:
+        attention.core_attention = SegmentedAttention
+    layer.input_layernorm = layer.pre_mlp_layernorm = norm
     if architecture.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return spec
+        attention.q_layernorm = attention.k_layernorm = norm
+    return TransformerBlockSubmodules(layer_specs=[spec] * architecture.num_layers, layer_norm=norm)
 
 
 class Model:
@@ -93,10 +124,10 @@ class Model:
         self.architecture.check_tensor_parallel_size(parallel.tp_size, str(folder))
         self.parallel = parallel
         a = self.architecture
-        block = layer_spec(a)
+        stack = choose(config, Installed.find())
         self.gpt = GPTModel(
-            config=transformer_config(a, config, parallel),
-            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[block] * a.num_layers, layer_norm=RMSNorm),
+            config=transformer_config(a, config, parallel, stack),
+            transformer_layer_spec=block_spec(a, stack),
             vocab_size=a.padded_vocab_size(parallel.tp_size),
             max_sequence_length=a.max_position_embeddings,
             share_embeddings_and_output_weights=a.tied_embeddings,
@@ -140,7 +171,7 @@ class Model:
         return self.gpt.output_layer.weight
 
     def hidden_states(self, packing: Packing) -> torch.Tensor:
-        """Final hidden states of a packed batch, [T, H], gathered over the sequence; T is packing's padded length.
+        """Final hidden states of a packed batch, [T, H], gathered over sequence parallelism; T are the tokens that packing holds.
 
         The backward of the gather only cuts: the loss gives every rank the full gradient.
         """
@@ -148,6 +179,9 @@ class Model:
             qkv_format="thd",
             cu_seqlens_q=packing.cu_seqlens,
             cu_seqlens_kv=packing.cu_seqlens,
+            # Paddings count as tokens, at the ends, where causal attention keeps them from the others.
+            cu_seqlens_q_padded=packing.cu_seqlens if self.parallel.cp_size > 1 else None,
+            cu_seqlens_kv_padded=packing.cu_seqlens if self.parallel.cp_size > 1 else None,
             max_seqlen_q=packing.max_length,
             max_seqlen_kv=packing.max_length,
         )

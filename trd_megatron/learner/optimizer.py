@@ -33,13 +33,14 @@ class Optimizer:
 
     def __init__(self, trained: list[Trained], config: LearnerConfig, parallel: Parallel) -> None:
         self.trained, self.config, self.parallel = trained, config, parallel
-        load = [0] * parallel.dp_size
+        load = [0] * parallel.dp_cp_size
         self.owners: list[int] = []  # data-parallel rank that updates each parameter
         for one in trained:
             self.owners.append(load.index(min(load)))
             load[self.owners[-1]] += one.parameter.numel()
         # What AdamW works on: the parameter itself, or its float32 copy.
-        self.masters = {index: self._master(one.parameter) for index, one in enumerate(trained) if self.owners[index] == parallel.dp_rank}
+        mine = (index for index, owner in enumerate(self.owners) if owner == parallel.dp_cp_rank)
+        self.masters = {index: self._master(trained[index].parameter) for index in mine}
         by_decay = {decay: [m for m in self.masters.values() if (m.dim() > 1) == decay] for decay in (True, False)}
         groups = [{"params": ms, "weight_decay": config.weight_decay if decay else 0.0} for decay, ms in by_decay.items() if ms]
         self.adam = torch.optim.AdamW(groups, betas=(config.adam_beta1, config.adam_beta2)) if groups else None
@@ -74,8 +75,8 @@ class Optimizer:
                 one.parameter.grad = torch.zeros_like(one.parameter)
         if self.parallel.tp_size > 1:
             _all_reduce([_gradient(one) for one in self.trained if one.partial], self.parallel.tp_group)
-        if self.parallel.dp_size > 1:
-            _all_reduce([_gradient(one) for one in self.trained], self.parallel.dp_group)
+        if self.parallel.dp_cp_size > 1:
+            _all_reduce([_gradient(one) for one in self.trained], self.parallel.dp_cp_group)
 
     def gradient_norm(self) -> float:
         """Global 2-norm; what tensor parallelism cuts is added over its group, what it replicates is counted once."""
@@ -102,17 +103,17 @@ class Optimizer:
             if master is not self.trained[index].parameter:
                 master.grad = None
                 self.trained[index].parameter.data.copy_(master.detach())
-        if self.parallel.dp_size > 1:
+        if self.parallel.dp_cp_size > 1:
             self._share()
         self.zero_grad()
 
     def _share(self) -> None:
         """Every rank's updated parameters go to the others."""
-        ranks = dist.get_process_group_ranks(self.parallel.dp_group)
-        for owner in range(self.parallel.dp_size):
+        ranks = dist.get_process_group_ranks(self.parallel.dp_cp_group)
+        for owner in range(self.parallel.dp_cp_size):
             owned = [one.parameter.data for one, by in zip(self.trained, self.owners, strict=True) if by == owner]
             for flat, tensors in _buckets(owned):
-                dist.broadcast(flat, ranks[owner], group=self.parallel.dp_group)
+                dist.broadcast(flat, ranks[owner], group=self.parallel.dp_cp_group)
                 _unpack(flat, tensors)
 
     def zero_grad(self) -> None:

@@ -1,13 +1,18 @@
 """Samples into micro-batches of packed sequences.
 
 A sample is one response under two prompts, so each micro-batch has two packings, the student's and the teacher's. They are
-aligned by response rows only: row i of both is the hidden state that predicts response token i of the micro-batch.
+aligned by response rows only: `responses` says which response token of the micro-batch a row predicts.
+
+Context parallelism cuts every sequence into 2 x cp_size equal pieces, of which rank r holds pieces r and 2 x cp_size - 1 - r: with causal
+attention that is the same work for all (Megatron's and Transformer Engine's order).
 """
 
+import math
 import zlib
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from trd_megatron.chat import sequence
 
@@ -39,45 +44,84 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """How a packed batch is padded and which part of it this rank holds."""
+
+    total_multiple: int = 1  # the tokens of one context-parallel rank are a multiple of this
+    cp_size: int = 1
+    cp_rank: int = 0
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What every sequence is padded to, so that it falls into equal pieces."""
+        return 2 * self.cp_size if self.cp_size > 1 else 1
+
+    def padding(self, length: int) -> int:
+        """Tokens that a batch of padded sequences, `length` in all, lacks."""
+        return -length % math.lcm(self.sequence_multiple, self.cp_size * self.total_multiple)
+
+
+def pieces(cu_seqlens: Tensor, cp_size: int, cp_rank: int) -> Tensor:
+    """Positions [T / cp_size] in a packed batch that a context-parallel rank holds, in its order. cu_seqlens: [segments + 1]."""
+    mine = []
+    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        size = (end - start) // (2 * cp_size)
+        for piece in (cp_rank, 2 * cp_size - 1 - cp_rank):
+            mine.append(torch.arange(start + piece * size, start + (piece + 1) * size))
+    return torch.cat(mine)
+
+
+@dataclass(frozen=True)
 class Packing:
-    """Sequences one after another, padded at the end (a segment of its own) to a multiple of the sequence-parallel size."""
+    """Sequences one after another, padded at their ends and at the batch's end (a segment of its own). T: tokens that this rank holds."""
 
-    ids: torch.Tensor  # [T] int64
-    positions: torch.Tensor  # [T] int64, restart in every segment
-    cu_seqlens: torch.Tensor  # [segments + 1] int32
-    max_length: int  # of a segment
-    rows: torch.Tensor  # [R] int64: positions whose hidden state predicts a response token
-    targets: torch.Tensor  # [R] int64: these response tokens
-    sample_keys: torch.Tensor  # [T] int64: a number of the sample at each position, whatever it is packed with
+    ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, restart in every segment
+    cu_seqlens: Tensor  # [segments + 1] int32, of the whole batch, whatever this rank holds of it
+    max_length: int  # of a whole segment
+    rows: Tensor  # [R] int64: positions whose hidden state predicts a response token
+    responses: Tensor  # [R] int64: which of the micro-batch's response tokens these are, in the order of the samples
+    targets: Tensor  # [R] int64: their ids
+    sample_keys: Tensor  # [T] int64: a number of the sample at each position, whatever it is packed with
+    response_tokens: int  # of the micro-batch, on all ranks
 
 
-def pack(prompts: list[list[int]], responses: list[list[int]], multiple: int, device: torch.device, keys: list[int]) -> Packing:
-    """Packs prompt + response pairs; `multiple` is what the total length must be divisible by, `keys` the samples' numbers."""
+def pack(prompts: list[list[int]], responses: list[list[int]], cut: Cut, device: torch.device, keys: list[int]) -> Packing:
+    """Packs prompt + response pairs; `keys` are the samples' numbers."""
     ids: list[int] = []
-    rows: list[int] = []
-    targets: list[int] = []
+    predicts: list[int] = []  # for every position, the response token that its hidden state predicts, or -1
     lengths: list[int] = []
+    count = 0
     for prompt, response in zip(prompts, responses, strict=True):
         one = sequence(prompt, response)
-        responding = [i for i, is_response in enumerate(one.mask) if is_response]
-        rows += [len(ids) + i - 1 for i in responding]
-        targets += [one.ids[i] for i in responding]
-        ids += one.ids
-        lengths.append(len(one.ids))
-    padding = -len(ids) % multiple
+        padding = -len(one.ids) % cut.sequence_multiple
+        ids += one.ids + [0] * padding
+        for is_response in [*one.mask[1:], False] + [False] * padding:
+            predicts.append(count if is_response else -1)
+            count += is_response
+        lengths.append(len(one.ids) + padding)
+    padding = cut.padding(len(ids))
     if padding:
         ids += [0] * padding
+        predicts += [-1] * padding
         lengths.append(padding)
         keys = [*keys, 0]
     sizes = torch.tensor(lengths)
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+    mine = pieces(cu_seqlens, cut.cp_size, cut.cp_rank) if cut.cp_size > 1 else slice(None)
+    predicted = torch.tensor(predicts)[mine]
+    rows = (predicted >= 0).nonzero().squeeze(1)
+    targets = torch.tensor([token for response in responses for token in response])
     return Packing(
-        ids=torch.tensor(ids, device=device),
-        positions=torch.cat([torch.arange(n) for n in lengths]).to(device),
-        cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]).to(torch.int32).to(device),
+        ids=torch.tensor(ids)[mine].to(device),
+        positions=torch.cat([torch.arange(n) for n in lengths])[mine].to(device),
+        cu_seqlens=cu_seqlens.to(torch.int32).to(device),
         max_length=max(lengths),
-        rows=torch.tensor(rows, device=device),
-        targets=torch.tensor(targets, device=device),
-        sample_keys=torch.tensor(keys).repeat_interleave(sizes).to(device),
+        rows=rows.to(device),
+        responses=predicted[rows].to(device),
+        targets=targets[predicted[rows]].to(device),
+        sample_keys=torch.tensor(keys).repeat_interleave(sizes)[mine].to(device),
+        response_tokens=count,
     )
 
 
@@ -87,14 +131,14 @@ class MicroBatch:
     student: Packing
     teacher: Packing
 
-    @property
-    def response_lengths(self) -> torch.Tensor:
-        """[samples] int64, in the order of the response rows."""
-        return torch.tensor([sample.response_tokens for sample in self.samples])
+    def of_rows(self, values: list[bool]) -> Tensor:
+        """[R] of a value per sample: the value of each of the student's response rows on this rank."""
+        lengths = torch.tensor([sample.response_tokens for sample in self.samples])
+        return torch.tensor(values).repeat_interleave(lengths).to(self.student.rows.device)[self.student.responses]
 
 
-def micro_batches(samples: list[Sample], max_tokens: int, multiple: int, device: torch.device) -> list[MicroBatch]:
-    """Cuts samples, in order, into micro-batches whose student and teacher packings both hold at most `max_tokens`.
+def micro_batches(samples: list[Sample], max_tokens: int, cut: Cut, device: torch.device) -> list[MicroBatch]:
+    """Cuts samples, in order, into micro-batches whose student and teacher packings both hold at most `max_tokens` (paddings not counted).
 
     Raises ValueError if a single sample does not fit.
     """
@@ -113,8 +157,8 @@ def micro_batches(samples: list[Sample], max_tokens: int, multiple: int, device:
     batches = []
     for group in groups:
         responses, keys = [s.response_ids for s in group], [s.key for s in group]
-        student_side = pack([s.student_prompt_ids for s in group], responses, multiple, device, keys)
-        teacher_side = pack([s.teacher_prompt_ids for s in group], responses, multiple, device, keys)
+        student_side = pack([s.student_prompt_ids for s in group], responses, cut, device, keys)
+        teacher_side = pack([s.teacher_prompt_ids for s in group], responses, cut, device, keys)
         batches.append(MicroBatch(group, student_side, teacher_side))
     return batches
 

@@ -1,4 +1,4 @@
-"""Process groups: who shares a layer (tensor parallel) and who shares a global batch (data parallel)."""
+"""Process groups: who shares a layer (tensor parallel), a sequence (context parallel), a global batch (data parallel)."""
 
 import contextlib
 import os
@@ -17,16 +17,22 @@ from trd_megatron.config import LearnerConfig
 
 @dataclass(frozen=True)
 class Parallel:
-    """This process's place. Ranks are ordered with tensor parallelism innermost."""
+    """This process's place. Ranks are ordered with tensor parallelism innermost, then context, then data parallelism."""
 
     device: torch.device
     rank: int
-    tp_size: int
+    tp_size: int  # share every layer
     tp_rank: int
     tp_group: dist.ProcessGroup
-    dp_size: int
+    cp_size: int  # share every sequence
+    cp_rank: int
+    cp_group: dist.ProcessGroup
+    dp_size: int  # share a global batch
     dp_rank: int
-    dp_group: dist.ProcessGroup
+    # Ranks that hold the same weights: gradients are summed over them, the optimizer's state is dealt to them.
+    dp_cp_size: int
+    dp_cp_rank: int
+    dp_cp_group: dist.ProcessGroup
     sequence_parallel: bool
 
     @property
@@ -74,13 +80,16 @@ def process_group(device: str) -> Iterator[None]:
 def setup(config: LearnerConfig) -> Parallel:
     """Builds Megatron's groups over the ranks of the process group; may be called again with another layout.
 
-    Raises ValueError if the ranks are not tensor_model_parallel_size x data_parallel_size.
+    Raises ValueError if the ranks are not tensor_model_parallel_size x context_parallel_size x data_parallel_size.
     """
-    tp, dp = config.tensor_model_parallel_size, config.data_parallel_size
-    if dist.get_world_size() != tp * dp:
-        raise ValueError(f"{dist.get_world_size()} ranks, but tensor_model_parallel_size x data_parallel_size = {tp} x {dp}")
+    tp, cp, dp = config.tensor_model_parallel_size, config.context_parallel_size, config.data_parallel_size
+    if dist.get_world_size() != config.ranks:
+        raise ValueError(
+            f"{dist.get_world_size()} ranks, but learner.tensor_model_parallel_size x context_parallel_size x data_parallel_size "
+            f"= {tp} x {cp} x {dp}"
+        )
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, context_parallel_size=cp)
     tensor_parallel.model_parallel_cuda_manual_seed(0)  # only dropout would draw from it, and there is none
     return Parallel(
         device=torch.device("cpu") if config.device == "cpu" else torch.device("cuda", torch.cuda.current_device()),
@@ -88,8 +97,13 @@ def setup(config: LearnerConfig) -> Parallel:
         tp_size=tp,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_group=parallel_state.get_tensor_model_parallel_group(),
+        cp_size=cp,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_group=parallel_state.get_context_parallel_group(),
         dp_size=dp,
         dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_group=parallel_state.get_data_parallel_group(),
+        dp_cp_size=dp * cp,
+        dp_cp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         sequence_parallel=config.sequence_parallel,
     )

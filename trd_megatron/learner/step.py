@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from trd_megatron.config import Config
 from trd_megatron.divergence import Backend, Divergence, KLOutput, linear_kl
@@ -11,8 +12,9 @@ from trd_megatron.learner.diagnostics import Sums, Totals
 from trd_megatron.learner.dropout import row_keys
 from trd_megatron.learner.lora import Adapters
 from trd_megatron.learner.model import Model
-from trd_megatron.learner.packing import MicroBatch, Sample, deal, micro_batches
+from trd_megatron.learner.packing import Cut, MicroBatch, Sample, deal, micro_batches
 from trd_megatron.learner.parallel import Parallel
+from trd_megatron.learner.stack import token_multiple
 from trd_megatron.learner.teacher import Teacher
 
 
@@ -26,15 +28,17 @@ class Step:
         self.learner, self.seed = config.learner, config.seed
         self.divergence = Divergence(**asdict(config.method.divergence))
         self.parallel: Parallel = student.parallel
+        self.cut = Cut(token_multiple(config.learner, self.parallel), self.parallel.cp_size, self.parallel.cp_rank)
 
     def _micro_batches(self, samples: list[Sample]) -> list[MicroBatch]:
         mine = deal(samples, self.parallel.dp_size)[self.parallel.dp_rank]
-        multiple = self.parallel.tp_size if self.parallel.sequence_parallel else 1
-        return micro_batches(mine, self.learner.max_tokens_per_micro_batch, multiple, self.parallel.device)
+        return micro_batches(mine, self.learner.max_tokens_per_micro_batch, self.cut, self.parallel.device)
 
-    def _kl(self, batch: MicroBatch, weight: float) -> KLOutput:
-        teacher_hidden = self.teacher.response_hidden(batch.teacher)
+    def _kl(self, batch: MicroBatch, teacher_hidden: Tensor, weight: float) -> KLOutput:
+        """teacher_hidden: [R, Ht] of all response tokens of the micro-batch."""
         student_hidden = self.student.hidden_states(batch.student)[batch.student.rows]
+        if self.parallel.cp_size > 1:
+            teacher_hidden = teacher_hidden[batch.student.responses]
         return linear_kl(
             student_hidden,
             self.student.output_weight,
@@ -54,15 +58,19 @@ class Step:
         """The whole global batch `samples` (the same list on all ranks); gradients of the global token mean if `backward`.
 
         `number` of the step: dropout, which only `backward` has, drops others in each.
-        Gradients are this rank's share: the optimizer adds them up over the data-parallel group.
+        Gradients are this rank's share: the optimizer adds them up over the ranks that hold the same weights.
         """
         tokens = sum(sample.response_tokens for sample in samples)
         totals = Totals(self.divergence.clip, self.parallel)
-        for batch in self._micro_batches(samples):
+        batches = self._micro_batches(samples)
+        for model in (self.student, self.teacher.model):
+            model.gpt.set_is_first_microbatch()  # Transformer Engine keeps fp8 weights from here to the next step
+        teacher_hidden = self.teacher.response_hidden([batch.teacher for batch in batches])
+        for batch, target in zip(batches, teacher_hidden, strict=True):
             if self.adapters is not None:
                 self.adapters.drop(row_keys(batch.student, self.seed, number) if backward else None)
             with torch.set_grad_enabled(backward):
-                output = self._kl(batch, 1.0 / tokens)
+                output = self._kl(batch, target, 1.0 / tokens)
                 if backward:
                     output.loss.backward()
             totals.add(batch, output)

@@ -10,6 +10,8 @@ import psutil
 import torch
 from rich.table import Table
 
+from trd_megatron.config import LearnerConfig
+from trd_megatron.learner.stack import Installed, choose
 from trd_megatron.planning import gib
 
 # Distribution name -> what it is for. apex is no distribution of PyPI's: the one of that name there is something else.
@@ -24,7 +26,8 @@ PACKAGES = {
     "gguf": "quickstart's model, converting it once",
     "accelerate": "quickstart's model, converting it once",
     "reasoning-gym": "quickstart's problems",
-    "transformer-engine": "fp8 and fused layers on GPUs (this version's learner does not use it yet)",
+    "transformer-engine": "fp8 and fused layers on GPUs (learner.transformer_impl, learner.fp8)",
+    "flash-attn": "Transformer Engine's attention, where cuDNN's is not used",
     "triton": "fused loss kernels on GPUs (learner.kl_backend)",
 }
 REQUIRED = ("torch", "transformers", "megatron-core", "math-verify", "pyarrow", "peft")
@@ -52,4 +55,13 @@ def table() -> Table:
         except metadata.PackageNotFoundError:
             found = "[red]missing[/red]" if name in REQUIRED else "[yellow]not installed[/yellow]"
         rows.add_row(name, found, purpose)
+    installed = Installed.find()
+    for name, there, purpose in (
+        ("apex", installed.apex, "fused optimizer kernels on GPUs, where Transformer Engine is not installed; built from source"),
+        ("apex, wgrad fusion", installed.wgrad_fusion, "weight gradients added up inside their products (learner.trainable=full)"),
+    ):
+        rows.add_row(name, "found" if there else "[yellow]not installed[/yellow]", purpose)
+    learner = LearnerConfig(device="cuda")
+    stack = choose(learner, installed)
+    rows.add_row("layers on a GPU", "Transformer Engine" if stack.transformer_engine else "local", "; ".join(stack.notes) or "learner=gpu")
     return rows

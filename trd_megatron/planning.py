@@ -16,6 +16,7 @@ from trd_megatron.config import Config, LoraConfig, from_dict
 from trd_megatron.convert.architecture import Architecture
 from trd_megatron.errors import UserError
 from trd_megatron.learner.checkpoint_files import saved_steps
+from trd_megatron.learner.stack import precision
 from trd_megatron.pipeline import folders
 from trd_megatron.prompts import student_prompt
 from trd_megatron.run_dir import Manifest, RunDir, read_config
@@ -43,7 +44,8 @@ def _settings_line(config: Config, stage: str) -> str:
         "prepare": f"{config.data.source} {config.data.path or ''}",
         "rollout": f"{config.rollout.samples_per_problem} per problem, up to {config.rollout.max_response_tokens} tokens",
         "refine": f"by {config.teacher.path or 'the student itself'}, up to {config.refine.max_response_tokens} tokens",
-        "train": f"{config.method.name}, TP {learner.tensor_model_parallel_size} x DP {learner.data_parallel_size}, "
+        "train": f"{config.method.name}, TP {learner.tensor_model_parallel_size} x CP {learner.context_parallel_size} x DP "
+        f"{learner.data_parallel_size}, "
         f"{learner.dtype} on {learner.device}, {learner.global_batch_size} sequences a step",
         "export/adapter": f"checkpoint {config.export.checkpoint}, as a PEFT adapter",
         "export/hf": f"checkpoint {config.export.checkpoint}, merged",
@@ -75,11 +77,13 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
     full = learner.trainable == "full"
     trained = student.parameter_count() if full else adapter_parameters(student, learner.lora)
     # Full training in OPSD keeps a frozen copy of the starting weights as the teacher.
-    held = student.parameter_count() + (teacher.parameter_count() if config.teacher.path or full else 0)
+    second = (config.teacher.path is not None or full) and not learner.teacher_offload
+    held = student.parameter_count() + (teacher.parameter_count() if second else 0)
     # Under sequence parallelism or not, A of a column layer and B of a row layer are replicated; counting all as cut is a lower bound.
     # Gradients on every rank; two moments (and in half precision a float32 copy) dealt over the data-parallel ranks.
     state = 12 if width < 4 else 8 if width == 4 else 16
-    trained_bytes = trained * (width if full else max(width, 4) * 2) + trained * state / learner.data_parallel_size
+    sharers = learner.data_parallel_size * learner.context_parallel_size
+    trained_bytes = trained * (width if full else max(width, 4) * 2) + trained * state / sharers
     learner_bytes = held * width / tp + trained_bytes / tp + 2 * learner.kl_chunk_tokens * student.padded_vocab_size(tp) / tp * 4
     generating = (config.rollout, config.refine, config.evaluate)
     longest = max(section.max_prompt_tokens + section.max_response_tokens for section in generating)
@@ -103,6 +107,7 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
     lora = learner.lora
     note = "all of the student" if full else f"adapters of rank {lora.rank} on {', '.join(lora.targets)}; dropout {lora.dropout:g}"
     table.add_row("trained", f"{trained:,} parameters", note)
+    table.add_row("precision", learner.dtype if learner.fp8 == "none" else f"fp8, {learner.fp8}", precision(learner))
     if (run_dir.problems / "manifest.json").exists():
         manifest = Manifest.read(run_dir.problems)
         if manifest is not None and manifest.status == "done":

@@ -8,10 +8,11 @@ from trd_megatron.config import Config
 from trd_megatron.convert.architecture import Architecture
 from trd_megatron.data import parquet
 from trd_megatron.errors import UserError
+from trd_megatron.learner.stack import Installed, choose
 
 
 def check_devices(config: Config) -> None:
-    """Raises UserError if this machine has fewer GPUs than the configuration uses."""
+    """Raises UserError if this machine has fewer GPUs than the configuration uses, or lacks what its layers are to be made of."""
     gpus = torch.cuda.device_count()
     if config.engine.device == "cuda" and not gpus:
         raise UserError("engine.device=cuda, but this machine has no usable GPU: set engine.device=cpu")
@@ -21,6 +22,7 @@ def check_devices(config: Config) -> None:
             f"learner.device=cuda with {ranks} ranks (learner.tensor_model_parallel_size x context_parallel_size x data_parallel_size), "
             f"but this machine has {gpus} usable GPUs: choose learner=cpu, or fewer ranks"
         )
+    choose(config.learner, Installed.find())
 
 
 def check_inputs(config: Config) -> None:

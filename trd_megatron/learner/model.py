@@ -35,8 +35,10 @@ class RMSNorm(torch.nn.Module):
         return torch.nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
-def transformer_config(architecture: Architecture, config: LearnerConfig, parallel: Parallel, stack: Stack) -> TransformerConfig:
-    """Megatron's configuration of this model on this layout."""
+def transformer_config(
+    architecture: Architecture, config: LearnerConfig, parallel: Parallel, stack: Stack, offloaded: bool = False
+) -> TransformerConfig:
+    """Megatron's configuration of this model on this layout. offloaded: its weights are not always on the device."""
     dtype = getattr(torch, config.dtype)
     granularities: dict[str, dict[str, Any]] = {
         "none": {},
@@ -50,6 +52,7 @@ def transformer_config(architecture: Architecture, config: LearnerConfig, parall
             "fp8_recipe": stack.fp8.megatron,
             "fp8_amax_history_len": 1024,  # delayed scaling as Transformer Engine's own defaults have it
             "fp8_amax_compute_algo": "max",
+            "disable_parameter_transpose_cache": offloaded,  # or the fp8 weights would stay on the device
             "tp_only_amax_red": True,  # data-parallel ranks have different numbers of micro-batches
             "first_last_layers_bf16": config.fp8_bf16_layers > 0,
             "num_layers_at_start_in_bf16": config.fp8_bf16_layers,
@@ -118,15 +121,17 @@ def block_spec(architecture: Architecture, stack: Stack) -> TransformerBlockSubm
 class Model:
     """A GPTModel on this rank. Adapters are added to `gpt` by lora.py."""
 
-    def __init__(self, folder: Path, config: LearnerConfig, parallel: Parallel, *, trainable: bool = False) -> None:
-        """Builds and loads. Raises UserError if the folder's config or weights do not fit."""
+    def __init__(
+        self, folder: Path, config: LearnerConfig, parallel: Parallel, *, trainable: bool = False, offloaded: bool = False
+    ) -> None:
+        """Builds and loads. offloaded: see Teacher. Raises UserError if the folder's config or weights do not fit."""
         self.architecture = Architecture.from_hf(folder)
         self.architecture.check_tensor_parallel_size(parallel.tp_size, str(folder))
         self.parallel = parallel
         a = self.architecture
         stack = choose(config, Installed.find())
         self.gpt = GPTModel(
-            config=transformer_config(a, config, parallel, stack),
+            config=transformer_config(a, config, parallel, stack, offloaded),
             transformer_layer_spec=block_spec(a, stack),
             vocab_size=a.padded_vocab_size(parallel.tp_size),
             max_sequence_length=a.max_position_embeddings,

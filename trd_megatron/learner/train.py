@@ -110,7 +110,7 @@ class Trainer:
         if adapters is not None and teacher_path is None:
             self.teacher = Teacher(self.student, self.student, adapters)
         else:  # another model, or a frozen copy of the student's starting weights
-            model = Model(teacher_path or student_path, learner, parallel)
+            model = Model(teacher_path or student_path, learner, parallel, offloaded=learner.teacher_offload)
             self.teacher = Teacher(model, self.student, None, offload=learner.teacher_offload)
         self.optimizer = Optimizer(self.student.trained() if adapters is None else adapters.trained(), learner, parallel)
         self.step = Step(self.student, self.teacher, adapters, config, list(epistemic_ids))

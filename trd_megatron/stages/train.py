@@ -9,7 +9,8 @@ from trd_megatron.chat import Chat, teacher_prompt_ids
 from trd_megatron.config import Config, to_dict
 from trd_megatron.errors import UserError
 from trd_megatron.learner.job import SAMPLES, Job, run_ranks
-from trd_megatron.progress import bar
+from trd_megatron.learner.stack import Installed, choose
+from trd_megatron.progress import bar, console
 from trd_megatron.records import REFINED, SAMPLE, TRAJECTORY
 from trd_megatron.run_dir import RunDir, read_shards, write_parquet
 from trd_megatron.stages import prepare
@@ -65,6 +66,9 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
     chat = Chat(student, config.data.prompt_format, config.student.chat_template_kwargs)
     Job(to_dict(config), str(student), teacher, chat.epistemic_ids()).write(folder)
     learner = config.learner
+    stack = choose(learner, Installed.find())
+    for note in stack.notes:
+        console.print(f"  train: {note}", highlight=False, markup=False)
     per_epoch = -(-(len(rows) - held_out) // learner.global_batch_size)
     total = min(per_epoch * learner.epochs, learner.max_steps or per_epoch * learner.epochs)
     with bar("train", total, "steps") as progress:
@@ -75,4 +79,5 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
             progress.tokens(metrics["response_tokens"])
             progress.note(f"kl {metrics['kl']:.4f}")
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary["layers"] = "Transformer Engine" if stack.transformer_engine else "local"
     return summary | {f"left_out_{name}": count for name, count in left_out.items()}

@@ -1,0 +1,163 @@
+"""Which implementations the layers are made of. Transformer Engine is not installed here: specs and configurations are built, not run."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.extensions import transformer_engine as te
+from megatron.core.models.common.embeddings import rope_utils
+
+from tests import tiny
+from trd_megatron.config import LearnerConfig
+from trd_megatron.convert.architecture import Architecture
+from trd_megatron.errors import UserError
+from trd_megatron.learner.attention import SegmentedAttention
+from trd_megatron.learner.model import RMSNorm, block_spec, transformer_config
+from trd_megatron.learner.packing import Cut, Sample, micro_batches, pack, pieces
+from trd_megatron.learner.stack import FP8_RECIPES, Installed, Stack, choose, precision, token_multiple
+
+NOTHING = Installed(None, apex=False, wgrad_fusion=False)
+EVERYTHING = Installed("2.9.0", apex=True, wgrad_fusion=True)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def architecture(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
+    return Architecture.from_hf(tiny.make("qwen3", tmp_path_factory.mktemp("model")))
+
+
+def cuda(**settings: Any) -> LearnerConfig:
+    return LearnerConfig(device="cuda", **settings)
+
+
+@pytest.mark.parametrize(
+    ("config", "installed", "engine"),
+    [
+        (cuda(), EVERYTHING, True),
+        (cuda(transformer_impl="transformer_engine"), EVERYTHING, True),
+        (cuda(), NOTHING, False),
+        (cuda(), Installed("1.13.0", apex=False, wgrad_fusion=False), False),
+        (cuda(transformer_impl="local"), EVERYTHING, False),
+        (cuda(dtype="float32"), EVERYTHING, False),
+        (LearnerConfig(device="cpu", dtype="bfloat16"), EVERYTHING, False),
+    ],
+)
+def test_transformer_engine_is_used_where_it_can_be_and_its_absence_is_said(
+    config: LearnerConfig, installed: Installed, engine: bool
+) -> None:
+    stack = choose(config, installed)
+    assert stack.transformer_engine is engine
+    assert bool(stack.notes) is (config.device == "cuda" and not engine)
+
+
+def test_what_is_asked_for_and_missing_is_an_error() -> None:
+    with pytest.raises(UserError, match="is not installed: install it, or set it to auto"):
+        choose(cuda(transformer_impl="transformer_engine"), NOTHING)
+    with pytest.raises(UserError, match=r"learner\.fp8=current.*1\.13\.0 is older than 2\.1"):
+        choose(cuda(fp8="current"), Installed("1.13.0", apex=False, wgrad_fusion=False))
+    with pytest.raises(UserError, match=r"learner\.fp8=blockwise needs Transformer Engine 2\.3 or newer, not 2\.2\.0"):
+        choose(cuda(fp8="blockwise"), Installed("2.2.0", apex=False, wgrad_fusion=False))
+    with pytest.raises(UserError, match=r"mxfp8 needs a GPU of compute capability 10\.0 or newer, not 9\.0"):
+        FP8_RECIPES["mxfp8"].check("mxfp8", "2.9.0", (9, 0))
+
+
+def test_weight_gradients_are_fused_for_full_training_with_apex_alone() -> None:
+    assert choose(cuda(trainable="full"), EVERYTHING).gradient_accumulation_fusion
+    assert not choose(cuda(), EVERYTHING).gradient_accumulation_fusion
+    without = choose(cuda(trainable="full"), Installed("2.9.0", apex=False, wgrad_fusion=False))
+    assert not without.gradient_accumulation_fusion
+    assert "Apex" in without.notes[0]
+
+
+def modules(architecture: Architecture, stack: Stack) -> dict[str, Any]:
+    block = block_spec(architecture, stack)
+    assert block.layer_specs is not None and len(block.layer_specs) == architecture.num_layers
+    layer = block.layer_specs[0].submodules
+    attention, mlp = layer.self_attention.submodules, layer.mlp.submodules
+    return {
+        "norms": {layer.input_layernorm, layer.pre_mlp_layernorm, attention.q_layernorm, attention.k_layernorm, block.layer_norm},
+        "column": {attention.linear_qkv, mlp.linear_fc1},
+        "row": {attention.linear_proj, mlp.linear_fc2},
+        "attention": {attention.core_attention},
+    }
+
+
+def test_the_layers_are_transformer_engines_or_local(architecture: Architecture) -> None:
+    assert modules(architecture, choose(cuda(), EVERYTHING)) == {
+        "norms": {te.TENorm},
+        "column": {te.TEColumnParallelLinear},
+        "row": {te.TERowParallelLinear},
+        "attention": {te.TEDotProductAttention},
+    }
+    local = modules(architecture, choose(cuda(), NOTHING))
+    assert local["norms"] == {RMSNorm}
+    assert local["attention"] == {SegmentedAttention}
+    assert {module.__name__ for module in local["column"] | local["row"]} == {"ColumnParallelLinear", "RowParallelLinear"}
+
+
+def place(tp: int, cp: int, device: str = "cuda") -> Any:
+    return SimpleNamespace(tp_size=tp, cp_size=cp, sequence_parallel=tp > 1, device=torch.device(device))
+
+
+@pytest.mark.parametrize("recipe", FP8_RECIPES)
+def test_fp8_reaches_megatrons_configuration(recipe: str, architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd"):  # Megatron looks whether they are there
+        monkeypatch.setattr(rope_utils, name, lambda: None)
+    ends = 0 if recipe == "delayed" else 1
+    config = cuda(fp8=recipe, fp8_bf16_layers=ends, recompute="selective", tensor_model_parallel_size=2, sequence_parallel=True)
+    built = transformer_config(architecture, config, place(2, 2), choose(config, EVERYTHING))
+    assert (built.fp8, built.fp8_recipe) == (FP8_RECIPES[recipe].number_format, FP8_RECIPES[recipe].megatron)
+    assert (built.first_last_layers_bf16, built.tp_only_amax_red, built.context_parallel_size) == (ends > 0, True, 2)
+    assert (built.recompute_granularity, built.recompute_modules, built.apply_rope_fusion) == ("selective", ["mlp"], True)
+    if ends:
+        assert (built.num_layers_at_start_in_bf16, built.num_layers_at_end_in_bf16) == (1, 1)
+    assert token_multiple(config, place(2, 2)) == 2 * FP8_RECIPES[recipe].token_multiple
+    text = precision(config)
+    assert recipe in text
+    assert ("layers at each end" in text) is (ends > 0)
+
+
+def test_without_fp8_nothing_of_it_is_configured(architecture: Architecture) -> None:
+    config = LearnerConfig(device="cpu", dtype="float32", recompute="none")
+    built = transformer_config(architecture, config, place(1, 1, "cpu"), choose(config, NOTHING))
+    assert built.fp8 is None
+    assert built.recompute_granularity is None
+    assert not built.apply_rope_fusion
+    assert token_multiple(config, place(1, 1, "cpu")) == 1
+
+
+@pytest.mark.parametrize("cp", [2, 3])
+@pytest.mark.parametrize("multiple", [1, 4, 16])
+def test_context_parallel_ranks_share_every_sequence_alike(cp: int, multiple: int) -> None:
+    prompts, responses = [[1, 2, 3], [4], list(range(20, 41))], [[5, 6], [7, 8, 9], list(range(50, 63))]
+    parts = [pack(prompts, responses, Cut(multiple, cp, rank), CPU, [11, 12, 13]) for rank in range(cp)]
+    lengths = {len(part.ids) for part in parts}
+    assert len(lengths) == 1
+    assert lengths.pop() % multiple == 0
+    flat = [token for response in responses for token in response]
+    predicted = torch.cat([part.responses for part in parts])
+    assert sorted(predicted.tolist()) == list(range(len(flat)))  # every response token on one rank
+    for rank, part in enumerate(parts):
+        assert part.targets.tolist() == [flat[i] for i in part.responses.tolist()]
+        whole = pack(prompts, responses, Cut(cp * multiple), CPU, [11, 12, 13])
+        assert part.response_tokens == whole.response_tokens == len(flat)
+        assert part.cu_seqlens.diff().remainder(2 * cp).eq(0).all()
+        assert part.rows.tolist() == sorted(part.rows.tolist())
+        for start, end in zip(part.cu_seqlens[:-1].tolist(), part.cu_seqlens[1:].tolist(), strict=True):
+            held = pieces(torch.tensor([start, end]), cp, rank)
+            assert len(held) == (end - start) // cp
+    together = torch.cat([pieces(parts[0].cu_seqlens, cp, rank) for rank in range(cp)])
+    assert sorted(together.tolist()) == list(range(int(parts[0].cu_seqlens[-1])))
+    assert torch.cat([part.ids for part in parts])[together.argsort()].tolist()[:5] == [1, 2, 3, 5, 6]
+
+
+def test_a_value_of_every_sample_reaches_its_rows() -> None:
+    samples = [Sample("a", 0, [1], [2, 3], [4, 5]), Sample("b", 0, [6, 7], [8], [9])]
+    [whole] = micro_batches(samples, 20, Cut(), CPU)
+    assert whole.of_rows([True, False]).tolist() == [True, True, False]
+    halves = [micro_batches(samples, 20, Cut(1, 2, rank), CPU)[0] for rank in range(2)]
+    joined = []
+    for half in halves:
+        joined += zip(half.student.responses.tolist(), half.of_rows([True, False]).tolist(), strict=True)
+    assert sorted(joined) == [(0, True), (1, True), (2, False)]

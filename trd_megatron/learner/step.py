@@ -1,5 +1,6 @@
 """One optimizer step's loss and gradients, and the held-out KL: micro-batches in, sums over the global batch out."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import cast
 
@@ -27,8 +28,7 @@ class Step:
         self.divergence = Divergence(**asdict(config.method.divergence))
         self.parallel: Parallel = student.parallel
 
-    def _micro_batches(self, samples: list[Sample]) -> list[MicroBatch]:
-        mine = deal(samples, self.parallel.dp_size)[self.parallel.dp_rank]
+    def _micro_batches(self, mine: list[Sample]) -> list[MicroBatch]:
         multiple = self.parallel.tp_size if self.parallel.sequence_parallel else 1
         return micro_batches(mine, self.learner.max_tokens_per_micro_batch, multiple, self.parallel.device)
 
@@ -50,20 +50,27 @@ class Step:
             backend=cast(Backend, self.learner.kl_backend),
         )
 
-    def run(self, samples: list[Sample], *, backward: bool, number: int = 0) -> Sums:
+    def run(
+        self, samples: list[Sample], *, backward: bool, number: int = 0, before_last_backward: Callable[[], None] = lambda: None
+    ) -> Sums:
         """The whole global batch `samples` (the same list on all ranks); gradients of the global token mean if `backward`.
 
         `number` of the step: dropout, which only `backward` has, drops others in each.
-        Gradients are this rank's share: the optimizer adds them up over the data-parallel group.
+        Gradients are this rank's share: the optimizer adds them up over the data-parallel group. `before_last_backward` is called
+        before the backward of the last micro-batch, on all data-parallel ranks or, when one of them has no sample, on none.
         """
         tokens = sum(sample.response_tokens for sample in samples)
         totals = Totals(self.divergence.clip, self.parallel)
-        for batch in self._micro_batches(samples):
+        dealt = deal(samples, self.parallel.dp_size)
+        batches = self._micro_batches(dealt[self.parallel.dp_rank])
+        for index, batch in enumerate(batches):
             if self.adapters is not None:
                 self.adapters.drop(row_keys(batch.student, self.seed, number) if backward else None)
             with torch.set_grad_enabled(backward):
                 output = self._kl(batch, 1.0 / tokens)
                 if backward:
+                    if index == len(batches) - 1 and all(dealt):
+                        before_last_backward()
                     output.loss.backward()
             totals.add(batch, output)
         return totals.over_ranks()

@@ -19,9 +19,10 @@ from trd_megatron.config import Config
 from trd_megatron.learner import checkpoint
 from trd_megatron.learner.checkpoint_files import best_step, damage, prune, saved_steps
 from trd_megatron.learner.diagnostics import Sums
+from trd_megatron.learner.distributed_optimizer import build_optimizer
 from trd_megatron.learner.lora import Adapters
 from trd_megatron.learner.model import Model
-from trd_megatron.learner.optimizer import Optimizer, learning_rate
+from trd_megatron.learner.optimizer import learning_rate
 from trd_megatron.learner.packing import Sample
 from trd_megatron.learner.parallel import Parallel
 from trd_megatron.learner.step import Step
@@ -111,12 +112,13 @@ class Trainer:
             self.teacher = Teacher(self.student, self.student, adapters)
         else:  # another model, or a frozen copy of the student's starting weights
             self.teacher = Teacher(Model(teacher_path or student_path, learner, parallel), self.student, None)
-        self.optimizer = Optimizer(self.student.trained() if adapters is None else adapters.trained(), learner, parallel)
+        trained = self.student.trained() if adapters is None else adapters.trained()
+        self.optimizer = build_optimizer(self.student, trained, learner, parallel)
         self.step = Step(self.student, self.teacher, adapters, config, list(epistemic_ids))
 
     def update(self, batch: list[Sample], rate: float, number: int) -> tuple[Sums, float]:
         """Optimizer step `number`; returns the batch's sums and the gradient norm before clipping. Raises NonFiniteError."""
-        sums = self.step.run(batch, backward=True, number=number)
+        sums = self.step.run(batch, backward=True, number=number, before_last_backward=self.optimizer.before_last_backward)
         self.optimizer.reduce_gradients()
         norm = self.optimizer.gradient_norm()
         if not (math.isfinite(sums.loss) and math.isfinite(norm)):

@@ -91,7 +91,7 @@ def _save_for_replay(
 ) -> None:
     """failed/: the weights and moments before the step, its batch and its learning rate."""
     failed = folder / "failed"
-    checkpoint.save(failed, state, trainer.optimizer, parallel)
+    checkpoint.Saver(failed, trainer.optimizer, parallel).save(state)
     if parallel.is_main:
         write_json(failed / "step.json", {"error": str(error), "lr": rate, "samples": [asdict(sample) for sample in batch]})
 
@@ -151,10 +151,32 @@ def train(
     Needs more samples than learner.held_out_samples. Raises NonFiniteError, and UserError if a model does not fit.
     """
     started = time.monotonic()
-    learner, checkpoints = config.learner, folder / "checkpoints"
+    trainer = Trainer(config, student_path, teacher_path, parallel, epistemic_ids)
+    if parallel.is_main:
+        print(f"optimizer: {trainer.optimizer.name}", file=sys.stderr, flush=True)
+    saver = checkpoint.Saver(folder / "checkpoints", trainer.optimizer, parallel, background=config.learner.async_checkpoint)
+    try:
+        return _train(config, folder, samples, trainer, saver, on_step, started)
+    except NonFiniteError:  # the same on every rank: what was saved before is kept
+        saver.finish()
+        raise
+
+
+def _train(
+    config: Config,
+    folder: Path,
+    samples: list[Sample],
+    trainer: Trainer,
+    saver: checkpoint.Saver,
+    on_step: Callable[[dict[str, Any]], None],
+    started: float,
+) -> dict[str, Any]:
+    learner, checkpoints, parallel = config.learner, saver.checkpoints, trainer.parallel
     training, fixed = split_held_out(samples, learner.held_out_samples, config.seed)
     steps = schedule(len(training), config)
-    trainer = Trainer(config, student_path, teacher_path, parallel, epistemic_ids)
+
+    def published(state: dict[str, Any]) -> None:
+        prune(checkpoints, learner.keep_checkpoints, best_step(state, checkpoints))
 
     done = _newest_whole(checkpoints, parallel)
     if done:
@@ -188,9 +210,11 @@ def train(
             log.write(metrics)
         stopping = stop.requested() and not last
         if last or stopping or number % learner.checkpoint_interval == 0:
-            checkpoint.save(checkpoints, state, trainer.optimizer, parallel)
-            if parallel.is_main:
-                prune(checkpoints, learner.keep_checkpoints, best_step(state, checkpoints))
+            saver.save(state, published)
+        else:
+            saver.poll()
+        if last or stopping:
+            saver.finish()
         on_step(metrics)
         if stopping:
             raise StoppedError(f"asked to stop (SIGTERM): step {number} is saved")

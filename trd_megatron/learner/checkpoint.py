@@ -38,7 +38,7 @@ class _Handover:
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 closed with this object, when rank and writer have let go of it
 
     def put(self, report: Any) -> None:
         pickle.dump(report, self._file)

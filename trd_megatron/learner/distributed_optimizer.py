@@ -7,6 +7,7 @@ updates one contiguous piece of every bucket, whatever parameters it cuts, and t
 import copy
 import math
 from itertools import chain
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -134,13 +135,17 @@ class MegatronOptimizer:
                 bucket.start_grad_sync()
         self._ddp.finish_grad_sync()
         if self.parallel.tp_size > 1:  # same data-parallel rank, same pieces
-            all_reduce([one.parameter.main_grad for one in self.trained if one.partial], self.parallel.tp_group)
+            all_reduce([cast(Any, one.parameter).main_grad for one in self.trained if one.partial], self.parallel.tp_group)
         self._megatron.prepare_grads()
+
+    def _gradients(self, *, cut: bool) -> list[Tensor]:
+        """What Adam reads, flat: gradients of this rank's pieces of the parameters that tensor parallelism cuts or replicates."""
+        pieces = [shard.grad for index, (_, shard) in self._shards.items() if (self.trained[index].shard_dim is not None) == cut]
+        return [piece for piece in pieces if piece is not None]
 
     def gradient_norm(self) -> float:
         """Global 2-norm; what tensor parallelism cuts is added over its group, what it replicates is counted once."""
-        own = [(self.trained[index].shard_dim is not None, shard.grad) for index, (_, shard) in self._shards.items()]
-        squares = torch.stack([fused.square_sum([grad for cut, grad in own if cut == which], self.parallel.device) for which in (False, True)])
+        squares = torch.stack([fused.square_sum(self._gradients(cut=cut), self.parallel.device) for cut in (False, True)])
         if self.parallel.dp_size > 1:
             dist.all_reduce(squares, group=self.parallel.dp_group)
         if self.parallel.tp_size > 1:
@@ -150,7 +155,7 @@ class MegatronOptimizer:
     def step(self, rate: float, norm: float) -> None:
         """Clips to clip_grad and updates. Gradients are cleared."""
         if norm > self.config.clip_grad:
-            fused.scale([shard.grad for _, shard in self._shards.values()], self.config.clip_grad / norm)
+            fused.scale(self._gradients(cut=False) + self._gradients(cut=True), self.config.clip_grad / norm)
         for group in self._megatron.optimizer.param_groups:
             group["lr"] = rate
             group["weight_decay"] = self.config.weight_decay * group["wd_mult"]  # 0 for norms and biases

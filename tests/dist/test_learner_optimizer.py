@@ -18,7 +18,7 @@ from trd_megatron.learner.checkpoint_files import saved_steps, step_folder
 
 Place = learner_cases.Layout
 ONE: Place = (1, False, 1)
-LAYOUTS: dict[int, list[Place]] = {1: [ONE], 2: [(1, False, 2), (2, True, 1)], 3: [(1, False, 3)], 4: [(2, True, 2), (2, False, 2)]}
+LAYOUTS: dict[int, list[Place]] = {1: [ONE], 2: [(1, False, 2), (2, True, 1)], 3: [(1, False, 3)], 4: [(2, True, 2)]}
 
 
 def full(folder: Path, architecture: str, dtype: str = "float32", **learner: Any) -> learner_cases.Case:
@@ -41,9 +41,9 @@ def same(one: cases.Trace, other: cases.Trace, tolerance: float) -> None:
 @pytest.mark.parametrize("ranks", LAYOUTS)
 def test_megatrons_optimizer_makes_the_same_updates_as_ours(ranks: int, tmp_path: Path) -> None:
     """Norms of q and k, biases, tied and untied embeddings; sequence parallelism leaves gradients of norms in parts."""
-    built = [full(tmp_path, "qwen3"), full(tmp_path, "qwen2")]
+    built = [full(tmp_path, name) for name in (("qwen3", "qwen2") if ranks == 2 else ("qwen3",))]
     runs = [(case, place, megatron) for case in built for place in LAYOUTS[ranks] for megatron in (False, True)]
-    for rank in run_ranks(ranks, cases.updates, runs):
+    for rank in run_ranks(ranks, cases.updates, runs, timeout_s=280):
         for ours, theirs in zip(rank[::2], rank[1::2], strict=True):
             assert min(ours["norms"]) > 1e-3
             same(ours, theirs, 2e-5)

@@ -175,6 +175,7 @@ class LearnerConfig:
     eval_interval: int = opt(20, "Steps between held-out KL measurements.")
     checkpoint_interval: int = opt(20, "Steps between checkpoints; the last step is always one.")
     max_restarts: int = opt(3, "Times that the ranks go on from the last checkpoint after one of them was lost.", layout=True)
+    async_checkpoint: bool = opt(True, "Write a checkpoint's files while training goes on.", layout=True)
     keep_checkpoints: int = opt(4, "Checkpoints kept, the best (held-out KL) and the last always among them.")
 
     @property

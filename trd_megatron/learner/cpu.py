@@ -62,17 +62,20 @@ def _multiply_with_onednn() -> None:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites device="cuda" arguments to the CPU."""
+    """Rewrites device="cuda" arguments to the CPU, and names the types of tensors as they would be called on a GPU."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = torch.device("cpu")
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):  # asked for the name: "torch.FloatTensor"
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
 
 
 @contextlib.contextmanager
 def cuda_means_cpu() -> Iterator[None]:
-    """For the calls that have `device="cuda"` written into them (distributed checkpointing)."""
+    """For the calls that have `device="cuda"` or `torch.cuda.FloatTensor` written into them (checkpointing, distributed optimizer)."""
     with _CudaMeansCpu():
         yield

@@ -1,5 +1,6 @@
 """One optimizer step's loss and gradients, and the held-out KL: micro-batches in, sums over the global batch out."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import cast
 
@@ -30,8 +31,7 @@ class Step:
         self.parallel: Parallel = student.parallel
         self.cut = Cut(token_multiple(config.learner, self.parallel), self.parallel.cp_size, self.parallel.cp_rank)
 
-    def _micro_batches(self, samples: list[Sample]) -> list[MicroBatch]:
-        mine = deal(samples, self.parallel.dp_size)[self.parallel.dp_rank]
+    def _micro_batches(self, mine: list[Sample]) -> list[MicroBatch]:
         return micro_batches(mine, self.learner.max_tokens_per_micro_batch, self.cut, self.parallel.device)
 
     def _kl(self, batch: MicroBatch, teacher_hidden: Tensor, weight: float) -> KLOutput:
@@ -54,24 +54,30 @@ class Step:
             backend=cast(Backend, self.learner.kl_backend),
         )
 
-    def run(self, samples: list[Sample], *, backward: bool, number: int = 0) -> Sums:
+    def run(
+        self, samples: list[Sample], *, backward: bool, number: int = 0, before_last_backward: Callable[[], None] = lambda: None
+    ) -> Sums:
         """The whole global batch `samples` (the same list on all ranks); gradients of the global token mean if `backward`.
 
         `number` of the step: dropout, which only `backward` has, drops others in each.
-        Gradients are this rank's share: the optimizer adds them up over the ranks that hold the same weights.
+        Gradients are this rank's share: the optimizer adds them up over the ranks that hold the same weights. `before_last_backward` is
+        called before the backward of the last micro-batch, on all of these ranks or, when one of them has no sample, on none.
         """
         tokens = sum(sample.response_tokens for sample in samples)
         totals = Totals(self.divergence.clip, self.parallel)
-        batches = self._micro_batches(samples)
+        dealt = deal(samples, self.parallel.dp_size)
+        batches = self._micro_batches(dealt[self.parallel.dp_rank])
         for model in (self.student, self.teacher.model):
             model.gpt.set_is_first_microbatch()  # Transformer Engine keeps fp8 weights from here to the next step
         teacher_hidden = self.teacher.response_hidden([batch.teacher for batch in batches])
-        for batch, target in zip(batches, teacher_hidden, strict=True):
+        for index, (batch, target) in enumerate(zip(batches, teacher_hidden, strict=True)):
             if self.adapters is not None:
                 self.adapters.drop(row_keys(batch.student, self.seed, number) if backward else None)
             with torch.set_grad_enabled(backward):
                 output = self._kl(batch, target, 1.0 / tokens)
                 if backward:
+                    if index == len(batches) - 1 and all(dealt):
+                        before_last_backward()
                     output.loss.backward()
             totals.add(batch, output)
         return totals.over_ranks()

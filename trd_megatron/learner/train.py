@@ -19,9 +19,10 @@ from trd_megatron.config import Config
 from trd_megatron.learner import checkpoint
 from trd_megatron.learner.checkpoint_files import best_step, damage, prune, saved_steps
 from trd_megatron.learner.diagnostics import Sums
+from trd_megatron.learner.distributed_optimizer import build_optimizer
 from trd_megatron.learner.lora import Adapters
 from trd_megatron.learner.model import Model
-from trd_megatron.learner.optimizer import Optimizer, learning_rate
+from trd_megatron.learner.optimizer import learning_rate
 from trd_megatron.learner.packing import Sample
 from trd_megatron.learner.parallel import Parallel
 from trd_megatron.learner.step import Step
@@ -90,7 +91,7 @@ def _save_for_replay(
 ) -> None:
     """failed/: the weights and moments before the step, its batch and its learning rate."""
     failed = folder / "failed"
-    checkpoint.save(failed, state, trainer.optimizer, parallel)
+    checkpoint.Saver(failed, trainer.optimizer, parallel).save(state)
     if parallel.is_main:
         write_json(failed / "step.json", {"error": str(error), "lr": rate, "samples": [asdict(sample) for sample in batch]})
 
@@ -112,12 +113,13 @@ class Trainer:
         else:  # another model, or a frozen copy of the student's starting weights
             model = Model(teacher_path or student_path, learner, parallel, offloaded=learner.teacher_offload)
             self.teacher = Teacher(model, self.student, None, offload=learner.teacher_offload)
-        self.optimizer = Optimizer(self.student.trained() if adapters is None else adapters.trained(), learner, parallel)
+        trained = self.student.trained() if adapters is None else adapters.trained()
+        self.optimizer = build_optimizer(self.student, trained, learner, parallel)
         self.step = Step(self.student, self.teacher, adapters, config, list(epistemic_ids))
 
     def update(self, batch: list[Sample], rate: float, number: int) -> tuple[Sums, float]:
         """Optimizer step `number`; returns the batch's sums and the gradient norm before clipping. Raises NonFiniteError."""
-        sums = self.step.run(batch, backward=True, number=number)
+        sums = self.step.run(batch, backward=True, number=number, before_last_backward=self.optimizer.before_last_backward)
         self.optimizer.reduce_gradients()
         norm = self.optimizer.gradient_norm()
         if not (math.isfinite(sums.loss) and math.isfinite(norm)):
@@ -150,10 +152,32 @@ def train(
     Needs more samples than learner.held_out_samples. Raises NonFiniteError, and UserError if a model does not fit.
     """
     started = time.monotonic()
-    learner, checkpoints = config.learner, folder / "checkpoints"
+    trainer = Trainer(config, student_path, teacher_path, parallel, epistemic_ids)
+    if parallel.is_main:
+        print(f"optimizer: {trainer.optimizer.name}", file=sys.stderr, flush=True)
+    saver = checkpoint.Saver(folder / "checkpoints", trainer.optimizer, parallel, background=config.learner.async_checkpoint)
+    try:
+        return _train(config, folder, samples, trainer, saver, on_step, started)
+    except NonFiniteError:  # the same on every rank: what was saved before is kept
+        saver.finish()
+        raise
+
+
+def _train(
+    config: Config,
+    folder: Path,
+    samples: list[Sample],
+    trainer: Trainer,
+    saver: checkpoint.Saver,
+    on_step: Callable[[dict[str, Any]], None],
+    started: float,
+) -> dict[str, Any]:
+    learner, checkpoints, parallel = config.learner, saver.checkpoints, trainer.parallel
     training, fixed = split_held_out(samples, learner.held_out_samples, config.seed)
     steps = schedule(len(training), config)
-    trainer = Trainer(config, student_path, teacher_path, parallel, epistemic_ids)
+
+    def published(state: dict[str, Any]) -> None:
+        prune(checkpoints, learner.keep_checkpoints, best_step(state, checkpoints))
 
     done = _newest_whole(checkpoints, parallel)
     if done:
@@ -187,9 +211,11 @@ def train(
             log.write(metrics)
         stopping = stop.requested() and not last
         if last or stopping or number % learner.checkpoint_interval == 0:
-            checkpoint.save(checkpoints, state, trainer.optimizer, parallel)
-            if parallel.is_main:
-                prune(checkpoints, learner.keep_checkpoints, best_step(state, checkpoints))
+            saver.save(state, published)
+        else:
+            saver.poll()
+        if last or stopping:
+            saver.finish()
         on_step(metrics)
         if stopping:
             raise StoppedError(f"asked to stop (SIGTERM): step {number} is saved")

@@ -71,7 +71,9 @@ def same(folder: Path, whole: Path) -> None:
 
 def ranks() -> list[psutil.Process]:
     """The learner's rank processes below this one."""
-    return [p for p in psutil.Process().children(recursive=True) if "trd_megatron.learner" in p.cmdline()]
+    found = [p for p in psutil.Process().children(recursive=True) if "trd_megatron.learner" in p.cmdline()]
+    pids = {p.pid for p in found}
+    return [p for p in found if p.ppid() not in pids]  # without the writers that they fork
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import cast
 
 import torch
+from torch.profiler import record_function
 
 from trd_megatron.config import Config
 from trd_megatron.divergence import Backend, Divergence, KLOutput, linear_kl
@@ -27,28 +28,32 @@ class Step:
         self.divergence = Divergence(**asdict(config.method.divergence))
         self.parallel: Parallel = student.parallel
 
+    @record_function("data")
     def _micro_batches(self, samples: list[Sample]) -> list[MicroBatch]:
         mine = deal(samples, self.parallel.dp_size)[self.parallel.dp_rank]
         multiple = self.parallel.tp_size if self.parallel.sequence_parallel else 1
         return micro_batches(mine, self.learner.max_tokens_per_micro_batch, multiple, self.parallel.device)
 
     def _kl(self, batch: MicroBatch, weight: float) -> KLOutput:
-        teacher_hidden = self.teacher.response_hidden(batch.teacher)
-        student_hidden = self.student.hidden_states(batch.student)[batch.student.rows]
-        return linear_kl(
-            student_hidden,
-            self.student.output_weight,
-            teacher_hidden,
-            self.teacher.output_weight,
-            self.divergence,
-            token_weights=torch.full((len(batch.student.rows),), weight, device=student_hidden.device, dtype=torch.float64),
-            targets=batch.student.targets,
-            token_set=self.token_set,
-            vocab_size=self.student.architecture.vocab_size,
-            tp_group=self.parallel.tp_group if self.parallel.tp_size > 1 else None,
-            chunk_tokens=self.learner.kl_chunk_tokens,
-            backend=cast(Backend, self.learner.kl_backend),
-        )
+        with record_function("teacher forward"):
+            teacher_hidden = self.teacher.response_hidden(batch.teacher)
+        with record_function("student forward"):
+            student_hidden = self.student.hidden_states(batch.student)[batch.student.rows]
+        with record_function("KL"):
+            return linear_kl(
+                student_hidden,
+                self.student.output_weight,
+                teacher_hidden,
+                self.teacher.output_weight,
+                self.divergence,
+                token_weights=torch.full((len(batch.student.rows),), weight, device=student_hidden.device, dtype=torch.float64),
+                targets=batch.student.targets,
+                token_set=self.token_set,
+                vocab_size=self.student.architecture.vocab_size,
+                tp_group=self.parallel.tp_group if self.parallel.tp_size > 1 else None,
+                chunk_tokens=self.learner.kl_chunk_tokens,
+                backend=cast(Backend, self.learner.kl_backend),
+            )
 
     def run(self, samples: list[Sample], *, backward: bool, number: int = 0) -> Sums:
         """The whole global batch `samples` (the same list on all ranks); gradients of the global token mean if `backward`.
@@ -64,6 +69,7 @@ class Step:
             with torch.set_grad_enabled(backward):
                 output = self._kl(batch, 1.0 / tokens)
                 if backward:
-                    output.loss.backward()
+                    with record_function("backward"):
+                        output.loss.backward()
             totals.add(batch, output)
         return totals.over_ranks()

@@ -23,11 +23,6 @@ setup(
         "trd_megatron.data": ["*.jsonl"],
         "trd_megatron.report": ["*.css", "*.j2"],
     },
-        "trd_megatron.conf": conf_files,
-        "trd_megatron.bench": ["*.json"],
-        "trd_megatron.data": ["*.jsonl"],
-        "trd_megatron.report": ["*.css", "*.j2"],
-    },
     install_requires=[
         "hydra-core>=1.3.2",
         "jinja2>=3.1",

@@ -265,7 +265,7 @@ def bench_learner(
     ] = None,
     repeats: Annotated[int, typer.Option(help="Timed steps of each side, after one that is not timed.")] = 3,
     threads: Threads = None,
-    batch: Annotated[int, typer.Option(help="Samples of one step.")] = 16,
+    batch: Annotated[int, typer.Option(help="Samples of one step.")] = 8,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     profile: Annotated[

@@ -5,7 +5,6 @@ from the same adapters, and the benchmark fails if loss or gradient norm of the 
 """
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from trd_megatron.bench.learner_peer import batches
 from trd_megatron.bench.learner_profile import Profile
 from trd_megatron.bench.learner_report import Row
 from trd_megatron.builtin_models import resolve_model
+from trd_megatron.convert.architecture import Architecture
 from trd_megatron.errors import UserError
 from trd_megatron.learner.packing import Sample
 from trd_megatron.progress import bar
@@ -136,7 +136,7 @@ def benchmark(settings: Settings, out: Path, on_model: Callable[[Result], None] 
 
 
 def _measure(settings: Settings, model: str, folder: Path) -> Result:
-    vocab_size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    vocab_size = Architecture.from_hf(folder).vocab_size
     config, samples = learner_work.config(settings.device, settings.dtype), learner_work.samples(settings.batch, vocab_size)
     tokens = sum(len(sample.student_prompt_ids) + sample.response_tokens for sample in samples)
     rows = [Row(side, model, tokens) for side in ("ours", "peer")]

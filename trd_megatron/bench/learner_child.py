@@ -37,7 +37,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ready:
-    """The model is loaded. memory: what it takes, in bytes."""
+    """The model is loaded. memory: bytes held now, over what was there before it."""
 
     memory: int
 

@@ -19,7 +19,8 @@ OPERATORS = 8  # of those that are neither a product nor attention, in the table
 class Row:
     """One side with one model. tokens: of the student's sequences in one step, without padding. Lists: one entry per step, in order.
 
-    memory_bytes: peak of the steps over what was there before the model was loaded; loaded_bytes: of which the model.
+    memory_bytes: peak of the steps over what was there before the model was loaded; loaded_bytes: what was held
+    before the first step (transformers maps the weights' file, whose pages come with the first step).
     seconds: without the first step, which warms up.
     """
 
@@ -57,7 +58,7 @@ def ratios(rows: Sequence[Row]) -> dict[str, float] | None:
 def table(rows: Sequence[Row], title: str) -> Table:
     """The rows of one model, and ours / peer."""
     grid = Table("side", title=f"{rows[0].model}: {title}")
-    for column in ("tokens/s", "s/step", "peak MiB", "of which model", "loss", "gradient norm"):
+    for column in ("tokens/s", "s/step", "peak MiB", "after loading", "loss", "gradient norm"):
         grid.add_column(column, justify="right")
     if any(row.error for row in rows):
         grid.add_column("")

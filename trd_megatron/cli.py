@@ -287,8 +287,8 @@ def bench_learner(
 
     Each runs in a process of its own and they take turns. Time is the median of the timed steps; tokens are those of the student's
     sequences, without padding. Memory is the highest moment of training above what was there before the model was loaded. Loss and
-    gradient norm of the first step must agree. By default the 4-layer Qwen3 is made at first use and kept (870 MB), and the
-    other side needs about 15 GB for it.
+    gradient norm of the first step must agree. The 4-layer Qwen3 is made at first use and kept (870 MB); with it the two
+    sides need about 5 GB.
 
     [bold]Examples[/bold]
 

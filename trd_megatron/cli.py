@@ -294,7 +294,7 @@ def bench_learner(
 
       trd bench learner --threads 2
 
-      trd bench learner --model builtin:smollm2-135m-instruct --batch 8
+      trd bench learner --model builtin:smollm2-135m-instruct --batch 16
 
       trd bench learner --model Qwen/Qwen3-0.6B --device cuda --dtype bfloat16
     """

@@ -17,7 +17,12 @@ setup(
     python_requires=">=3.11,<3.12",
     packages=[*find_packages(include=["trd_megatron", "trd_megatron.*"]), "trd_megatron.conf"],
     package_dir={"trd_megatron.conf": "conf"},
-    package_data={"trd_megatron.conf": conf_files, "trd_megatron.data": ["*.jsonl"], "trd_megatron.report": ["*.css", "*.j2"]},
+    package_data={
+        "trd_megatron.bench": ["*.json"],
+        "trd_megatron.conf": conf_files,
+        "trd_megatron.data": ["*.jsonl"],
+        "trd_megatron.report": ["*.css", "*.j2"],
+    },
     install_requires=[
         "hydra-core>=1.3.2",
         "jinja2>=3.1",

@@ -6,6 +6,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from trd_megatron.config import Config
 from trd_megatron.divergence import Backend, Divergence, KLOutput, linear_kl
@@ -31,28 +32,31 @@ class Step:
         self.parallel: Parallel = student.parallel
         self.cut = Cut(token_multiple(config.learner, self.parallel), self.parallel.cp_size, self.parallel.cp_rank)
 
+    @record_function("data")
     def _micro_batches(self, mine: list[Sample]) -> list[MicroBatch]:
         return micro_batches(mine, self.learner.max_tokens_per_micro_batch, self.cut, self.parallel.device)
 
     def _kl(self, batch: MicroBatch, teacher_hidden: Tensor, weight: float) -> KLOutput:
         """teacher_hidden: [R, Ht] of all response tokens of the micro-batch."""
-        student_hidden = self.student.hidden_states(batch.student)[batch.student.rows]
+        with record_function("student forward"):
+            student_hidden = self.student.hidden_states(batch.student)[batch.student.rows]
         if self.parallel.cp_size > 1:
             teacher_hidden = teacher_hidden[batch.student.responses]
-        return linear_kl(
-            student_hidden,
-            self.student.output_weight,
-            teacher_hidden,
-            self.teacher.output_weight,
-            self.divergence,
-            token_weights=torch.full((len(batch.student.rows),), weight, device=student_hidden.device, dtype=torch.float64),
-            targets=batch.student.targets,
-            token_set=self.token_set,
-            vocab_size=self.student.architecture.vocab_size,
-            tp_group=self.parallel.tp_group if self.parallel.tp_size > 1 else None,
-            chunk_tokens=self.learner.kl_chunk_tokens,
-            backend=cast(Backend, self.learner.kl_backend),
-        )
+        with record_function("KL"):
+            return linear_kl(
+                student_hidden,
+                self.student.output_weight,
+                teacher_hidden,
+                self.teacher.output_weight,
+                self.divergence,
+                token_weights=torch.full((len(batch.student.rows),), weight, device=student_hidden.device, dtype=torch.float64),
+                targets=batch.student.targets,
+                token_set=self.token_set,
+                vocab_size=self.student.architecture.vocab_size,
+                tp_group=self.parallel.tp_group if self.parallel.tp_size > 1 else None,
+                chunk_tokens=self.learner.kl_chunk_tokens,
+                backend=cast(Backend, self.learner.kl_backend),
+            )
 
     def run(
         self, samples: list[Sample], *, backward: bool, number: int = 0, before_last_backward: Callable[[], None] = lambda: None
@@ -78,6 +82,7 @@ class Step:
                 if backward:
                     if index == len(batches) - 1 and all(dealt):
                         before_last_backward()
-                    output.loss.backward()
+                    with record_function("backward"):
+                        output.loss.backward()
             totals.add(batch, output)
         return totals.over_ranks()

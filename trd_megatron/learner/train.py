@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 
 from trd_megatron.config import Config
@@ -120,13 +121,15 @@ class Trainer:
     def update(self, batch: list[Sample], rate: float, number: int) -> tuple[Sums, float]:
         """Optimizer step `number`; returns the batch's sums and the gradient norm before clipping. Raises NonFiniteError."""
         sums = self.step.run(batch, backward=True, number=number, before_last_backward=self.optimizer.before_last_backward)
-        self.optimizer.reduce_gradients()
-        norm = self.optimizer.gradient_norm()
+        with record_function("optimizer"):
+            self.optimizer.reduce_gradients()
+            norm = self.optimizer.gradient_norm()
         if not (math.isfinite(sums.loss) and math.isfinite(norm)):
             self.optimizer.zero_grad()
             names = ", ".join(f"{sample.problem_id}/{sample.sample_index}" for sample in batch)
             raise NonFiniteError(f"loss {sums.loss}, gradient norm {norm}: not finite, nothing was updated; samples: {names}")
-        self.optimizer.step(rate, norm)
+        with record_function("optimizer"):
+            self.optimizer.step(rate, norm)
         return sums, norm
 
     def held_out_kl(self, batch: list[Sample]) -> float:

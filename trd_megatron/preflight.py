@@ -1,5 +1,8 @@
 """What can be checked before any work is done, so that an hour of generation does not end in a wrong model or layout."""
 
+import os
+from importlib import metadata
+
 import torch
 
 from trd_megatron.builtin_models import resolve_model
@@ -8,6 +11,7 @@ from trd_megatron.config import Config
 from trd_megatron.convert.architecture import Architecture
 from trd_megatron.data import parquet
 from trd_megatron.errors import UserError
+from trd_megatron.learner import versions
 
 
 def check_devices(config: Config) -> None:
@@ -21,6 +25,22 @@ def check_devices(config: Config) -> None:
         raise UserError(
             f"learner.device=cuda with {ranks} ranks (tensor_model_parallel_size x data_parallel_size), but this machine has {gpus} "
             "usable GPUs: choose learner=cpu, or fewer ranks"
+        )
+
+
+def check_training(config: Config) -> None:
+    """Raises UserError if megatron-core was not tested, or if what logging.wandb_project needs is not there."""
+    versions.check(versions.installed())
+    project, mode = config.logging.wandb_project, config.logging.wandb_mode
+    if project is None:
+        return
+    try:
+        metadata.version("wandb")
+    except metadata.PackageNotFoundError:
+        raise UserError(f"logging.wandb_project={project} needs the package wandb: pip install 'trd_megatron[wandb]'") from None
+    if mode == "online" and not os.environ.get("WANDB_API_KEY"):
+        raise UserError(
+            f"logging.wandb_project={project} needs the environment variable WANDB_API_KEY: set it, or logging.wandb_mode=offline"
         )
 
 

@@ -107,9 +107,9 @@ def test_another_folder_is_another_run(wandb: FakeWandb, tmp_path: Path) -> None
 
 
 def test_a_failed_training_is_marked_and_a_refusal_is_one_line(wandb: FakeWandb, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), Log(tmp_path, 0, config("p"), active=True) as log:
-        log.write({"step": 1, "loss": 1.0})
-        raise RuntimeError
+    log = Log(tmp_path, 0, config("p"), active=True)
+    log.write({"step": 1, "loss": 1.0})
+    log.__exit__(RuntimeError)
     assert wandb.exit_codes == [1]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
     with pytest.raises(UserError, match=r"^logging\.wandb_project: Weights & Biases refuses \(permission denied\)"):

@@ -13,7 +13,6 @@ import pytest
 from tests import tiny
 from trd_megatron import cli
 from trd_megatron.builtin_models import resolve_model
-from trd_megatron.errors import UserError
 from trd_megatron.learner import versions
 
 ROWS = [{"problem": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(12)]
@@ -182,12 +181,3 @@ def test_an_untested_megatron_goes_on_only_when_asked(
     kept = json.loads((tmp_path / "run/problems/manifest.json").read_text())
     assert (kept["fingerprint"], kept["finished"]) == (allowed["fingerprint"], allowed["finished"])  # skipped: the flag is no setting
     assert "allow" not in (tmp_path / "run/config.yaml").read_text()
-
-
-def test_a_missing_megatron_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> str:
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "version", missing)
-    with pytest.raises(UserError, match=r"the learner needs megatron-core: pip install megatron-core==0\.16\.1"):
-        versions.installed()

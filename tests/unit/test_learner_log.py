@@ -1,6 +1,7 @@
 """Where metrics go, and that a resumed run neither loses nor doubles a step in any of the sinks."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from importlib import metadata
@@ -48,7 +49,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 class FakeWandb(SimpleNamespace):
-    """Like the service: a run is known by its id and refuses to go back. Offline it knows nothing of earlier runs."""
+    """Online a run is known by its id and refuses to go back. Offline every start is a folder that knows nothing of the others."""
 
     class Error(Exception):
         pass
@@ -63,8 +64,12 @@ class FakeWandb(SimpleNamespace):
         if arguments["project"] == "forbidden":
             raise self.Error("permission\ndenied")
         self.started.append(arguments)
-        history = self.history.setdefault(arguments["id"], [])
-        start = history[-1][0] + 1 if history and arguments["mode"] == "online" else 0
+        place = arguments["id"]
+        if arguments["mode"] == "offline":
+            place = f"wandb/offline-run-{len(self.started)}-{place}"
+            (Path(arguments["dir"]) / place).mkdir(parents=True)
+        history = self.history.setdefault(place, [])
+        start = history[-1][0] + 1 if history else 0
 
         def log(values: dict[str, float], step: int, commit: bool) -> None:
             assert commit
@@ -85,13 +90,22 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(mode: str, wandb: FakeWandb
     monkeypatch.setenv("WANDB_API_KEY", "verysecret")
     settings = config("my-project", mode)
     write(tmp_path, settings, 0, range(1, 7))
-    write(tmp_path, settings, 4, range(5, 6))  # dies before it gets as far as the first
-    write(tmp_path, settings, 4, range(5, 9))
-    assert [start["id"] for start in wandb.started] == [json.loads((tmp_path / "wandb.json").read_text())["id"]] * 3
-    [history] = wandb.history.values()
+    if mode == "online":
+        [history] = wandb.history.values()
+        del history[2:]  # a kill before they were sent
+    write(tmp_path, settings, 4, range(5, 7))
+    write(tmp_path, settings, 4, range(5, 6))  # dies before it gets as far as the one before
+    write(tmp_path, settings, 5, range(6, 9))
+    assert [start["id"] for start in wandb.started] == [json.loads((tmp_path / "wandb.json").read_text())["id"]] * 4
+    if mode == "online":
+        [history] = wandb.history.values()
+    else:
+        [folder] = tmp_path.glob("wandb/*")
+        history = wandb.history[str(folder.relative_to(tmp_path))]
+    sixth = 4.6 if mode == "online" else 5.6  # sent is sent
     assert [step for step, _ in history] == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert history[4] == (5, {"train/loss": 0.5})
-    assert wandb.exit_codes == [0, 0, 0]
+    assert [values["train/loss"] for _, values in history] == pytest.approx([0.1, 0.2, 0.3, 0.4, 4.5, sixth, 5.7, 5.8])
+    assert wandb.exit_codes == [0, 0, 0, 0]
     first = wandb.started[0]
     assert (first["project"], first["mode"], first["resume"], first["dir"]) == ("my-project", mode, "allow", str(tmp_path))
     assert first["config"]["learner"]["learning_rate"] == settings.learner.learning_rate
@@ -118,11 +132,12 @@ def test_a_failed_training_is_marked_and_a_refusal_is_one_line(wandb: FakeWandb,
 
 def test_the_real_wandb_offline(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
-    write(tmp_path, config("p"), 0, range(1, 4))
-    write(tmp_path, config("p"), 2, range(3, 5))
+    for start in ("0, range(1, 4)", "2, range(3, 5)"):  # processes of their own, as in a run: W&B writes its last at the end of one
+        code = f"from tests.unit.test_learner_log import *; write(Path({str(tmp_path)!r}), config('p'), {start})"
+        subprocess.run([sys.executable, "-c", code], check=True)
     name = json.loads((tmp_path / "wandb.json").read_text())["id"]
-    files = sorted(tmp_path.glob(f"wandb/offline-run-*/run-{name}.wandb"), key=lambda path: path.stat().st_mtime)
-    assert [history_of(path) for path in files] == [[(1, 0.1), (2, 0.2), (3, 0.3)], [(4, 2.4)]]
+    [file] = tmp_path.glob(f"wandb/offline-run-*/run-{name}.wandb")
+    assert history_of(file) == [(1, 0.1), (2, 0.2), (3, 2.3), (4, 2.4)]
 
 
 def history_of(path: Path) -> list[tuple[int, float]]:

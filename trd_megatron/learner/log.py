@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from trd_megatron.errors import UserError
 from trd_megatron.run_dir import atomic_write, write_json
 
 METRICS = "metrics.jsonl"
-WANDB = "wandb.json"  # id: of the run there; last: the last step that an earlier start logged
+WANDB = "wandb.json"  # the id of the run there
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -42,10 +43,10 @@ class Log:
         if not active:
             return
         path = folder / METRICS
-        lines = read_metrics(path) if path.exists() else []
+        kept = [line for line in read_metrics(path) if line["step"] <= done] if path.exists() else []
         if config.logging.wandb_project is not None:  # first: it alone can fail
-            self._sinks.append(_Wandb(folder, lines[-1]["step"] if lines else 0, config))
-        self._sinks += [_Lines(path, [line for line in lines if line["step"] <= done]), _Board(folder / "tensorboard", done)]
+            self._sinks.append(_Wandb(folder, kept, config))
+        self._sinks += [_Lines(path, kept), _Board(folder / "tensorboard", done)]
 
     def write(self, metrics: dict[str, Any]) -> None:
         """One step's metrics, step among them; numbers, or None where there is no value."""
@@ -96,23 +97,27 @@ class _Board:
 
 
 class _Wandb:
-    """A Weights & Biases run that a resumed training goes on with. Its key comes from the environment and stays there."""
+    """A Weights & Biases run that a resumed training goes on with. Its key comes from the environment and stays there.
 
-    def __init__(self, folder: Path, last: int, config: Config) -> None:
-        """last: the last step that the start before this one logged."""
+    Online nothing can be taken back: a step that is repeated after a crash keeps its first values there, and what the crash
+    lost is sent again. Offline no start knows what an earlier one had on disk when it died, so each writes the whole run anew.
+    """
+
+    def __init__(self, folder: Path, kept: list[dict[str, Any]], config: Config) -> None:
         import wandb
 
         path = folder / WANDB
-        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"id": secrets.token_hex(8), "last": 0}
-        known["last"] = max(last, known["last"])
-        write_json(path, known)
-        mode = config.logging.wandb_mode
+        if not path.exists():
+            write_json(path, {"id": secrets.token_hex(8)})
+        run_id = json.loads(path.read_text(encoding="utf-8"))["id"]
+        for older in folder.glob(f"wandb/offline-run-*-{run_id}*"):
+            shutil.rmtree(older)
         try:
             self._run: Any = wandb.init(
                 project=config.logging.wandb_project,
-                id=known["id"],
+                id=run_id,
                 resume="allow",
-                mode=mode,
+                mode=config.logging.wandb_mode,
                 name=config.name,
                 config=to_dict(config),
                 dir=str(folder),
@@ -123,9 +128,9 @@ class _Wandb:
             raise UserError(
                 f"logging.wandb_project: Weights & Biases refuses ({reason}); logging.wandb_mode=offline needs no server"
             ) from None
-        # Nothing can be taken back there: a step that is repeated after a crash keeps its first values. Offline every start
-        # writes a folder of its own, which `wandb sync` puts together, and knows nothing of the others.
-        self._next = known["last"] + 1 if mode == "offline" else self._run.step
+        self._next = self._run.step  # 0 for a new run, else one after the last that it holds
+        for line in kept:
+            self.write(line)
 
     def write(self, metrics: dict[str, Any]) -> None:
         if metrics["step"] >= self._next:

@@ -42,6 +42,9 @@ def run(
     overrides: Overrides = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage.", metavar="STAGE")] = None,
     only: Annotated[str | None, typer.Option(help="Run this stage alone; what it reads must be done.", metavar="STAGE")] = None,
+    allow_untested: Annotated[
+        bool, typer.Option("--allow-untested", help="Train with a megatron-core that the learner was not tested with.")
+    ] = False,
     keys: Annotated[bool, typer.Option("--keys", help="List every setting with its type, default and meaning, and exit.")] = False,
 ) -> None:
     """Run an experiment: prepare, rollout, refine, train, export, evaluate, report.
@@ -63,8 +66,11 @@ def run(
 
     config = load(overrides or [])
     from trd_megatron import pipeline
+    from trd_megatron.learner import versions
     from trd_megatron.run_dir import Manifest, RunDir
 
+    if allow_untested:
+        os.environ[versions.ALLOW] = "1"
     run_dir = RunDir(config.run_dir, config.name)
     console.print(f"[bold]{config.name}[/bold]: method {config.method.name}, {config.mode}, in {run_dir.path}")
     started = time.monotonic()

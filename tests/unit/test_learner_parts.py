@@ -63,8 +63,8 @@ def test_qkv_is_interleaved_by_group() -> None:
     q, k, v = torch.arange(8), torch.arange(10, 14), torch.arange(20, 24)  # 2 groups: 2 query heads of size 2, 1 key, 1 value
     expected = [0, 1, 2, 3, 10, 11, 20, 21, 4, 5, 6, 7, 12, 13, 22, 23]
     assert fuse_qkv((q, k, v), 2).tolist() == expected
-    batch = [torch.stack([t, t + 100]) for t in (q, k, v)]
-    assert fuse_qkv(batch, 2, dim=-1).tolist() == [expected, [n + 100 for n in expected]]
+    rows = [torch.stack([t, t + 100], dim=1) for t in (q, k, v)]
+    assert fuse_qkv(rows, 2).tolist() == [[n, n + 100] for n in expected]
 
 
 def test_architectures_that_are_not_carried_over_are_refused(tmp_path: Path) -> None:

@@ -62,14 +62,12 @@ def expected_shapes(entry: Entry, architecture: Architecture) -> list[tuple[int,
     return [(a.head_dim if tail[0] in ("q_layernorm", "k_layernorm") else a.hidden_size,)]
 
 
-def fuse_qkv(qkv: Sequence[torch.Tensor], groups: int, dim: int = 0) -> torch.Tensor:
-    """Interleaves by query group: for each group its query heads, its key head, its value head. `groups` are those in qkv = (q, k, v).
+def fuse_qkv(qkv: Sequence[torch.Tensor], groups: int) -> torch.Tensor:
+    """Interleaves the rows by query group: for each group its query heads, its key head, its value head.
 
-    `dim` is the dimension of the heads: 0 for weights and biases, -1 for activations.
+    `groups` are those in qkv = (q, k, v), weights or biases.
     """
-    parts = [t.unflatten(dim, (groups, t.shape[dim] // groups)) for t in qkv]
-    inner = dim if dim < 0 else dim + 1
-    return torch.cat(parts, dim=inner).flatten(*((inner - 1, inner) if dim < 0 else (dim, dim + 1)))
+    return torch.cat([t.unflatten(0, (groups, t.shape[0] // groups)) for t in qkv], dim=1).flatten(0, 1)
 
 
 def shard(entry: Entry, tensors: list[torch.Tensor], architecture: Architecture, rank: int, size: int) -> torch.Tensor:

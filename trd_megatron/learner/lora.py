@@ -86,14 +86,19 @@ class AdaptedLinear(torch.nn.Module):
             inner = torch.cat([torch.nn.functional.linear(self._dropped(x, name), a.to(x.dtype)) for name, a in pairs], dim=-1)
         if self.parallel.tp_size > 1:
             inner = self._exchange(inner)
-        outer = [inner.new_zeros(()).expand(*inner.shape[:-1], out) for out in self.outs]
-        for slot, part, b in zip(self.slots, inner.chunk(len(self.b), -1), self.b, strict=True):
-            outer[slot] = torch.nn.functional.linear(part, b.to(part.dtype))
-        if self.kind == "linear_qkv":
-            update = fuse_qkv(outer, groups=self.architecture.num_query_groups // self.parallel.tp_size, dim=-1)
-        else:
-            update = torch.cat(outer, dim=-1)
-        return output + self.scale * update, bias
+        return output + torch.nn.functional.linear(inner, self._outer_weight().to(x.dtype)), bias
+
+    def _outer_weight(self) -> torch.Tensor:
+        """[out, projections * rank]: every B in columns of its own, its rows where the fused layer has them, times alpha / rank.
+
+        One product then gives the whole update: putting the projections' parts together takes longer than multiplying the zeros.
+        """
+        rank, width = self.b[0].shape[1], sum(b.shape[1] for b in self.b)
+        rows = [self.b[0].new_zeros(out, width) for out in self.outs]
+        for place, (slot, b) in enumerate(zip(self.slots, self.b, strict=True)):
+            rows[slot] = torch.nn.functional.pad(b, (place * rank, width - (place + 1) * rank))
+        groups = self.architecture.num_query_groups // self.parallel.tp_size
+        return self.scale * (fuse_qkv(rows, groups) if self.kind == "linear_qkv" else torch.cat(rows))
 
     def _dropped(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """x [T or T / tp, 1, width or width / tp] with a share of its elements at 0 and the others scaled up."""

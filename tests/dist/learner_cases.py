@@ -1,5 +1,6 @@
 """What the ranks of the learner tests run. A module of its own: ranks find functions by name."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,8 @@ Case = tuple[str, Config, list[Sample], Path, Path | None]
 
 
 def start(config: LearnerConfig) -> Parallel:
-    cpu.prepare()
+    if config.device == "cpu":
+        cpu.prepare()
     return setup(config)
 
 
@@ -157,7 +159,7 @@ def _traced_steps(case: Case, place: Layout, changes: dict[str, Any], rates: lis
 
 
 def _whole(trainer: Trainer, of: Callable[[Trained], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Name -> the tensor `of` gives for it, its parts joined over the tensor-parallel group."""
+    """Name -> the tensor `of` gives for it, its parts joined over the tensor-parallel group, in host memory."""
     joined = {}
     for factor in trainer.optimizer.trained:
         for name, part in factor.split(of(factor).detach()).items():
@@ -167,4 +169,34 @@ def _whole(trainer: Trainer, of: Callable[[Trained], torch.Tensor]) -> dict[str,
             joined[name] = part.clone() if factor.shard_dim is None else torch.cat(parts, dim=factor.shard_dim)
             if factor.entry is not None and factor.entry.kind == "vocab":
                 joined[name] = joined[name][: trainer.student.architecture.vocab_size]
+            joined[name] = joined[name].cpu()
     return joined
+
+
+def modules(rank: int, case: Case) -> dict[str, tuple[list[str], str | None]]:
+    """After one update: name in the GPTModel -> (the class and its bases with their modules, the fp8 recipe of its last forward)."""
+    _, config, samples, student, teacher = case
+    trainer = Trainer(config, student, teacher, start(config.learner))
+    trainer.update(samples[:4], 1e-3, 1)
+    found = {}
+    for name, module in trainer.student.gpt.named_modules():
+        recipe = type(module.fp8_meta["recipe"]).__name__ if getattr(module, "fp8", False) else None
+        found[name.replace(".base", "")] = ([f"{one.__module__}.{one.__qualname__}" for one in type(module).__mro__], recipe)
+    return found
+
+
+def memory(rank: int, case: Case, changes: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    """Per changed learner settings: bytes on the GPU before the second update, and at its peak beyond them."""
+    results = []
+    for change in changes:
+        _, config, samples, student, teacher = case
+        config = layout(config, 1, False, 1, **change)
+        trainer = Trainer(config, student, teacher, start(config.learner))
+        trainer.update(samples, 1e-3, 1)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        trainer.update(samples, 1e-3, 2)
+        results.append((before, torch.cuda.max_memory_allocated() - before))
+        del trainer
+        gc.collect()
+    return results

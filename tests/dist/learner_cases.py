@@ -24,6 +24,10 @@ Case = tuple[str, Config, list[Sample], Path, Path | None]
 def start(config: LearnerConfig) -> Parallel:
     if config.device == "cpu":
         cpu.prepare()
+    if config.fp8 != "none":
+        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+        FP8GlobalStateManager.reset()  # it would keep the layers of the models before, and their groups
     return setup(config)
 
 
@@ -79,6 +83,11 @@ def train_in(rank: int, case: Case, runs: list[tuple[Path, Layout]]) -> list[dic
         placed = layout(config, *place)
         summaries.append(train(placed, folder, samples, student, teacher, start(placed.learner)))
     return summaries
+
+
+def train_each(rank: int, runs: list[tuple[Case, Path]]) -> list[dict[str, Any]]:
+    """The whole training loop of each case into its folder; returns the summaries."""
+    return [train_in(rank, case, [(folder, (1, False, 1))])[0] for case, folder in runs]
 
 
 def logits(rank: int, config: Config, folders: list[Path], ids: list[list[int]], layouts: list[Layout]) -> list[list[torch.Tensor]]:

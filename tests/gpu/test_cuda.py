@@ -1,38 +1,59 @@
-"""NUM_GPUS = 1. The same pipeline parts on a GPU and on the CPU."""
+"""NUM_GPUS = 1. Whole stages on a GPU against the CPU: the local engine, and training as the pipeline starts it (torchrun)."""
 
 import json
-import subprocess
-import sys
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.gpu.devices import cpu, cuda
+from trd_megatron import pipeline
 from trd_megatron.builtin_models import resolve_model
+from trd_megatron.config import load
 from trd_megatron.engine.base import Request, SamplingParams
 from trd_megatron.engine.local import LocalEngine
+from trd_megatron.run_dir import RunDir
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-
-def test_the_local_engine_draws_the_same_greedy_ids() -> None:
+@pytest.mark.parametrize("device", [cpu(), cuda()])
+def test_the_local_engine_draws_the_same_ids(device: Any) -> None:
+    """Greedy, and at a temperature: the random numbers come from the CPU. Log-probabilities within float32's rounding."""
     model = resolve_model("builtin:tiny-qwen3")
     shard = [Request(list(range(3, 3 + length)), seed=length) for length in (5, 9, 17)]
-    greedy = SamplingParams(temperature=0, top_p=1, top_k=-1, max_new_tokens=16)
-    drawn = []
-    for device in ("cpu", "cuda"):
-        engine = LocalEngine(model, device=device)  # type: ignore[arg-type]
-        [(_, generations)] = engine.generate([shard], greedy)
-        drawn.append([generation.token_ids for generation in generations])
+    samplings = [
+        SamplingParams(temperature=0, top_p=1, top_k=-1, max_new_tokens=16),
+        SamplingParams(temperature=1.0, top_p=0.95, top_k=20, max_new_tokens=16),
+    ]
+    drawn: list[list[Any]] = []
+    for where in ("cpu", device):
+        engine = LocalEngine(model, device=where)
+        drawn.append([one for sampling in samplings for _, generations in engine.generate([shard], sampling) for one in generations])
         engine.close()
-    assert drawn[0] == drawn[1]
+    for one, other in zip(*drawn, strict=True):
+        assert one.token_ids == other.token_ids
+        assert other.logprobs == pytest.approx(one.logprobs, abs=1e-4)
 
 
-def test_the_learner_takes_the_same_steps(tmp_path: Path) -> None:
-    curves = []
-    for device in ("cpu", "cuda"):
-        overrides = [f"run_dir={tmp_path / device}", f"learner.device={device}", "learner.dtype=float32"]
-        subprocess.run([sys.executable, "-m", "trd_megatron.cli", "run", "experiment=smoke", *overrides, "--until", "train"], check=True)
-        lines = (tmp_path / device / "train/metrics.jsonl").read_text().splitlines()
-        curves.append([[json.loads(line)[name] for name in ("loss", "grad_norm")] for line in lines])
-    torch.testing.assert_close(torch.tensor(curves[0]), torch.tensor(curves[1]), rtol=1e-3, atol=1e-6)
+@pytest.fixture(scope="module")
+def refined(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run up to the stage that trains."""
+    folder = tmp_path_factory.mktemp("refined")
+    pipeline.run(load(["experiment=smoke", f"run_dir={folder}"]), RunDir(folder, "smoke"), until="refine")
+    return folder
+
+
+def train(refined: Path, folder: Path, device: str) -> list[list[float]]:
+    """Loss and gradient norm of every step."""
+    shutil.copytree(refined, folder)
+    overrides = [f"run_dir={folder}", f"learner.device={device}", "learner.dtype=float32"]
+    pipeline.run(load(["experiment=smoke", *overrides]), RunDir(folder, "smoke"), until="train")
+    lines = (folder / "train" / "metrics.jsonl").read_text().splitlines()
+    return [[json.loads(line)[name] for name in ("loss", "grad_norm")] for line in lines]
+
+
+@pytest.mark.parametrize("device", [cpu(), cuda()])
+def test_the_train_stage_takes_the_same_steps(device: str, refined: Path, tmp_path: Path) -> None:
+    expected, got = (torch.tensor(train(refined, tmp_path / name, where)) for name, where in (("cpu", "cpu"), ("other", device)))
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)

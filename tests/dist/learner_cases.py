@@ -150,10 +150,13 @@ def traced_steps(rank: int, cases: list[Case], runs: list[tuple[Layout, dict[str
     return [[_traced_steps(case, place, changes, rates) for case in cases] for place, changes in runs]
 
 
-def _traced_steps(case: Case, place: Layout, changes: dict[str, Any], rates: list[float]) -> Steps:
+def _traced_steps(
+    case: Case, place: Layout, changes: dict[str, Any], rates: list[float], prepare: Callable[[Trainer], None] = lambda trainer: None
+) -> Steps:
     _, config, samples, student, teacher = case
     config = layout(config, *place, **changes)
     trainer = Trainer(config, student, teacher, start(config.learner), epistemic_ids=[3, 5, 258])
+    prepare(trainer)
     trace: Steps = {"metrics": [], "loss": [], "gradients": [], "adapters": [_whole(trainer, lambda factor: factor.parameter)]}
     for step, rate in enumerate(rates):
         batch = samples[4 * step : 4 * step + 4]

@@ -1,7 +1,9 @@
-"""NUM_GPUS = 1. Whole stages on a GPU against the CPU: the local engine, and training as the pipeline starts it (torchrun)."""
+"""NUM_GPUS = 1. On a GPU as on the CPU: the local engine, training as the pipeline starts it (torchrun), the loss's benchmark."""
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +59,17 @@ def train(refined: Path, folder: Path, device: str) -> list[list[float]]:
 def test_the_train_stage_takes_the_same_steps(device: str, refined: Path, tmp_path: Path) -> None:
     expected, got = (torch.tensor(train(refined, tmp_path / name, where)) for name, where in (("cpu", "cpu"), ("other", device)))
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", [cpu(), cuda()])
+def test_the_loss_is_measured_on_the_device(device: str, tmp_path: Path) -> None:
+    """`trd bench kl`; its sides must agree on the loss, or it fails."""
+    tokens, vocab = (4096, 151_936) if device == "cuda" else (64, 2048)
+    sizes = ["--tokens", str(tokens), "--vocab", str(vocab), "--hidden", "128", "--threads", "1", "--repeats", "1"]
+    command = [sys.executable, "-m", "trd_megatron.cli", "bench", "kl", "--device", device, *sizes, "--sides", "linear_kl", "plain"]
+    subprocess.run([*command, "--out", str(tmp_path)], check=True)
+    report = json.loads((tmp_path / "bench_kl.json").read_text())
+    assert (report["machine"]["gpu"] is not None) is (device == "cuda")
+    ours, plain = report["results"]
+    assert ours["status"] == plain["status"] == "measured"
+    assert 0 < ours["memory_bytes"] < plain["memory_bytes"]

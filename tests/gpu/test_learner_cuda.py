@@ -39,8 +39,8 @@ FLOAT32 = Bounds(1e-4, 1e-4, 1e-2)
 # Twice what local layers in bfloat16 on the CPU were measured at (the larger of adapters and every parameter, two models):
 # 0.0019, 0.039, 0.128.
 BFLOAT16 = Bounds(4e-3, 8e-2, 0.25)
-# About 1.6 times what the operands' rounding alone costs (test_the_bounds_of_fp8_are_what_rounding_costs, the largest of all recipes): 0.026,
-# 0.31, 0.52. Gradients of noise would be at 1.4, of zeros at 1.
+# About 1.6 times what the operands' rounding alone costs (test_the_bounds_of_fp8_are_what_rounding_costs, the largest of all
+# recipes): 0.026, 0.31, 0.52. Gradients of noise would be at 1.4, of zeros at 1.
 FP8 = Bounds(4e-2, 0.48, 0.8)
 # The same sums on one device, in an order that may differ from run to run on a GPU.
 SAME = Bounds(1e-6, 1e-5, 1e-3)

@@ -185,15 +185,16 @@ def _whole(trainer: Trainer, of: Callable[[Trained], torch.Tensor]) -> dict[str,
     return joined
 
 
-def modules(rank: int, case: Case) -> dict[str, tuple[list[str], str | None]]:
-    """After one update: name in the GPTModel -> (the class and its bases with their modules, the fp8 recipe of its last forward)."""
+def modules(rank: int, case: Case) -> dict[str, tuple[list[str], list[str]]]:
+    """After one update: name in the GPTModel -> (its class and the bases, the class of its last forward's fp8 recipe and the bases)."""
     _, config, samples, student, teacher = case
     trainer = Trainer(config, student, teacher, start(config.learner))
     trainer.update(samples[:4], 1e-3, 1)
     found = {}
     for name, module in trainer.student.gpt.named_modules():
-        recipe = type(module.fp8_meta["recipe"]).__name__ if getattr(module, "fp8", False) else None
-        found[name.replace(".base", "")] = ([f"{one.__module__}.{one.__qualname__}" for one in type(module).__mro__], recipe)
+        kinds = [type(module), type(module.fp8_meta["recipe"]) if getattr(module, "fp8", False) else object]
+        bases, recipe = ([f"{one.__module__}.{one.__qualname__}" for one in kind.__mro__] for kind in kinds)
+        found[name.replace(".base", "")] = (bases, recipe)  # an adapted layer's own module is what it wraps
     return found
 
 

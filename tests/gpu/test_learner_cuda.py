@@ -130,12 +130,13 @@ def test_the_bounds_of_fp8_are_what_rounding_costs(student: Path, reference: lis
     [cpu("float32"), cuda("float32"), transformer_engine("engine"), fp8("delayed"), fp8("current")],
 )
 def test_recomputation_and_offload_change_nothing(device: str, precision: str, student: Path) -> None:
-    """The figures of the first step hold before anything was computed backward: the same bits, in whatever order a GPU adds up."""
+    """The first step's figures come from forwards alone: the same bits. Gradients may be added up in another order on a GPU."""
     changes: list[dict[str, Any]] = [{}, {"recompute": "selective"}, {"recompute": "full"}, {"teacher_offload": True}]
     plain, *others = steps(device, built(student, device, precision), changes)
     for change, traces in zip(changes[1:], others, strict=True):
         for got, want in zip(traces, plain, strict=True):
-            assert got["metrics"][0] == want["metrics"][0]
+            if precision != "delayed":  # there a forward's scales depend on what ran before
+                assert got["metrics"][0] == want["metrics"][0]
             assert_within(got, want, SAME if precision == "float32" else PRECISIONS[precision].bounds, change)
 
 
@@ -208,6 +209,6 @@ def test_the_layers_are_what_was_chosen(device: str, precision: str, tmp_path: P
         seen.add(leaf)
         assert any(one.startswith("transformer_engine.") and one.endswith(f".{classes[leaf]}") for one in bases) is on_engine, (name, bases)
         if leaf.startswith("linear"):
-            inside = not ends or ".layers.1." in name
-            assert recipe == (recipes.get(precision) if inside else None), name
+            wanted = recipes.get(precision) if not ends or ".layers.1." in name else None
+            assert {one for one in recipes.values() if any(base.endswith(f".{one}") for base in recipe)} == {wanted} - {None}, name
     assert seen == classes.keys()

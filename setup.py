@@ -17,7 +17,12 @@ setup(
     python_requires=">=3.11,<3.12",
     packages=[*find_packages(include=["trd_megatron", "trd_megatron.*"]), "trd_megatron.conf"],
     package_dir={"trd_megatron.conf": "conf"},
-    package_data={"trd_megatron.conf": conf_files, "trd_megatron.data": ["*.jsonl"], "trd_megatron.report": ["*.css", "*.j2"]},
+    package_data={
+        "trd_megatron.bench": ["*.json"],
+        "trd_megatron.conf": conf_files,
+        "trd_megatron.data": ["*.jsonl"],
+        "trd_megatron.report": ["*.css", "*.j2"],
+    },
     install_requires=[
         "hydra-core>=1.3.2",
         "jinja2>=3.1",
@@ -40,6 +45,7 @@ setup(
     extras_require={
         "quickstart": ["accelerate>=1.10", "gguf>=0.17", "reasoning-gym==0.1.25"],
         "bench": ["liger-kernel==0.8.5", "trl==1.16.0"],  # the peers of `trd bench kl`
+        "wandb": ["wandb>=0.31"],  # logging.wandb_project
         "dev": [
             "hypothesis>=6.150",
             "mypy>=1.18",

@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,20 @@ TINY = {
 }
 TINY_STUDENT = TINY | {"hidden_size": 48, "num_hidden_layers": 2, "tie_word_embeddings": True, "seed": 1}
 TINY_TEACHER = TINY | {"hidden_size": 64, "num_hidden_layers": 3, "tie_word_embeddings": False, "seed": 2}
+# Four layers with Qwen3-0.6B's sizes and its whole vocabulary, for `trd bench learner`: 870 MB.
+QWEN3_4LAYERS = {
+    "vocab_size": 151_936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    "tie_word_embeddings": True,
+    "seed": 3,
+}
 
 
 def resolve_model(path: str, *, download: bool = True) -> Path:
@@ -195,30 +210,18 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _tiny_student(name: str) -> Path:
-    return _tiny(name, TINY_STUDENT)
-
-
-def _tiny_teacher(name: str) -> Path:
-    return _tiny(name, TINY_TEACHER)
-
-
-def _tiny(name: str, settings: dict[str, Any]) -> Path:
-    """A random Qwen3; its cache name changes with the recipe and with the libraries that draw and write the weights."""
+def _random_qwen3(name: str, settings: dict[str, Any]) -> Path:
+    """Its cache name changes with the recipe and with the libraries that draw and write the weights."""
     recipe = [settings, CHATML, SPECIAL_TOKENS, torch.__version__, transformers.__version__]
     label = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:10]
-    return _cached(f"{name}-{label}", lambda folder: _make_tiny(settings, folder))
+    return _cached(f"{name}-{label}", lambda folder: _make_random_qwen3(settings, folder))
 
 
-def _make_tiny(settings: dict[str, Any], folder: Path) -> None:
+def _make_random_qwen3(settings: dict[str, Any], folder: Path) -> None:
+    """With a byte-level tokenizer, and its vocabulary where the settings name none."""
     tokenizer = byte_tokenizer(settings["max_position_embeddings"])
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **{key: value for key, value in settings.items() if key != "seed"},
-    )
+    own = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = Qwen3Config(**own | {"bos_token_id": None} | {key: value for key, value in settings.items() if key != "seed"})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings["seed"])
         model = Qwen3ForCausalLM(config)
@@ -245,6 +248,7 @@ def byte_tokenizer(model_max_length: int) -> PreTrainedTokenizerFast:
 
 BUILTIN: dict[str, Callable[[str], Path]] = {
     "smollm2-135m-instruct": _smollm2,
-    "tiny-qwen3": _tiny_student,
-    "tiny-qwen3-teacher": _tiny_teacher,
+    "tiny-qwen3": partial(_random_qwen3, settings=TINY_STUDENT),
+    "tiny-qwen3-teacher": partial(_random_qwen3, settings=TINY_TEACHER),
+    "qwen3-4layers": partial(_random_qwen3, settings=QWEN3_4LAYERS),
 }

@@ -42,6 +42,9 @@ def run(
     overrides: Overrides = None,
     until: Annotated[str | None, typer.Option(help="Stop after this stage.", metavar="STAGE")] = None,
     only: Annotated[str | None, typer.Option(help="Run this stage alone; what it reads must be done.", metavar="STAGE")] = None,
+    allow_untested: Annotated[
+        bool, typer.Option("--allow-untested", help="Train with a megatron-core that the learner was not tested with.")
+    ] = False,
     keys: Annotated[bool, typer.Option("--keys", help="List every setting with its type, default and meaning, and exit.")] = False,
 ) -> None:
     """Run an experiment: prepare, rollout, refine, train, export, evaluate, report.
@@ -63,8 +66,11 @@ def run(
 
     config = load(overrides or [])
     from trd_megatron import pipeline
+    from trd_megatron.learner import versions
     from trd_megatron.run_dir import Manifest, RunDir
 
+    if allow_untested:
+        os.environ[versions.ALLOW] = "1"
     run_dir = RunDir(config.run_dir, config.name)
     console.print(f"[bold]{config.name}[/bold]: method {config.method.name}, {config.mode}, in {run_dir.path}")
     started = time.monotonic()
@@ -177,7 +183,8 @@ class _SpacedValues(typer.core.TyperCommand):
 
 bench = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich",
-    help="Measure this machine: the loss against other ways to compute it, the embedded engine against plain generate.",
+    help="Measure this machine: the loss against other ways to compute it, the learner against a Hugging Face + PEFT loop, "
+    "the embedded engine against plain generate.",
 )  # fmt: skip
 app.add_typer(bench, name="bench")
 _SIZES = {"tokens": [256, 512, 1024, 2048], "lengths": [64]}
@@ -254,6 +261,77 @@ def bench_kl(
     except KeyboardInterrupt:
         _fail(f"interrupted; finished tables are kept in {out}", 130)
     console.print(f"figures: {out / 'bench_kl.json'}, {out / 'bench_kl.png'}", highlight=False)
+
+
+@bench.command("learner")
+def bench_learner(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Folder, hub id or builtin:NAME; may be given again.", show_default="SmolLM2-135M and a 4-layer Qwen3"),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed steps of each side, after one that is not timed.")] = 3,
+    threads: Threads = None,
+    batch: Annotated[int, typer.Option(help="Samples of one step.")] = 8,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    profile: Annotated[
+        bool | None,
+        typer.Option("--profile/--no-profile", help="Show where the time of one more of our steps goes.", show_default="--profile on cpu"),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where bench_learner.json goes.")] = Path("runs/bench_learner"),
+) -> None:
+    """Training tokens per second and peak memory of the learner, beside a Hugging Face + PEFT loop.
+
+    The work is an optimizer step of self-distillation: adapters on all seven projections, the teacher is the student without them,
+    forward KL over the whole vocabulary on the response tokens. Token ids are random; lengths are those of real trajectories.
+
+    [bold]Sides[/bold], with the same samples, adapters at the start, dtype, threads and most tokens in one forward:
+
+      ours: the learner in one process, packed sequences, full recomputation
+
+      transformers + PEFT: padded batches, gradient checkpointing, whole logits (trd_megatron/bench/learner_peer.py)
+
+    Each runs in a process of its own and they take turns. Time is the median of the timed steps; tokens are those of the student's
+    sequences, without padding. Memory is the highest moment of training above what was there before the model was loaded. Loss and
+    gradient norm of the first step must agree. The 4-layer Qwen3 is made at first use and kept (870 MB); with it the two
+    sides need about 5 GB.
+
+    [bold]Examples[/bold]
+
+      trd bench learner --threads 2
+
+      trd bench learner --model builtin:smollm2-135m-instruct --batch 16
+
+      trd bench learner --model Qwen/Qwen3-0.6B --device cuda --dtype bfloat16
+    """
+    import torch
+
+    from trd_megatron.bench import learner, learner_report
+    from trd_megatron.bench.learner_work import MODELS
+
+    settings = learner.Settings(
+        models=list(dict.fromkeys(model or MODELS)),
+        batch=batch,
+        repeats=repeats,
+        threads=threads or torch.get_num_threads(),
+        device=device,
+        dtype=dtype,
+        profile=device == "cpu" if profile is None else profile,
+    )
+    console.print(settings.title, highlight=False)
+
+    def show(result: learner.Result) -> None:
+        output.print(learner_report.table(result.rows, f"{100 * result.peer_padding:.0f} % of their tokens are padding"))
+        if result.profile:
+            output.print(learner_report.profile_table(result.rows[0].model, result.profile))
+
+    try:
+        learner.benchmark(settings, out, show)
+    except learner.DisagreementError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail(f"interrupted; finished tables are kept in {out}", 130)
+    console.print(f"figures: {out / 'bench_learner.json'}", highlight=False)
 
 
 @bench.command("engine", cls=_SpacedValues)

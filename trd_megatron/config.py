@@ -134,6 +134,9 @@ class LearnerConfig:
     context_parallel_size: int = opt(1, "Ranks that share every sequence: attention over long ones.", layout=True)
     data_parallel_size: int = opt(1, "Copies of the model that share a global batch.", layout=True)
     max_tokens_per_micro_batch: int = opt(38912, "Tokens packed into one forward of the teacher or the student.", layout=True)
+    peak_tflops: float | None = opt(
+        None, "Peak of one device in TFLOP/s, for mfu (null: of NVIDIA's data sheet, where the GPU is known).", layout=True
+    )
     trainable: str = opt("lora", "lora: adapters on a frozen model. full: every parameter.", choices=("lora", "full"))
     transformer_impl: str = opt(
         "auto",
@@ -175,6 +178,7 @@ class LearnerConfig:
     eval_interval: int = opt(20, "Steps between held-out KL measurements.")
     checkpoint_interval: int = opt(20, "Steps between checkpoints; the last step is always one.")
     max_restarts: int = opt(3, "Times that the ranks go on from the last checkpoint after one of them was lost.", layout=True)
+    async_checkpoint: bool = opt(True, "Write a checkpoint's files while training goes on.", layout=True)
     keep_checkpoints: int = opt(4, "Checkpoints kept, the best (held-out KL) and the last always among them.")
 
     @property
@@ -199,6 +203,16 @@ class EvaluateConfig(SamplingConfig):
 
 
 @dataclass
+class LoggingConfig:
+    wandb_project: str | None = opt(
+        None,
+        "Weights & Biases: the project that training is logged to (null: off). The key: WANDB_API_KEY, in the environment.",
+        layout=True,
+    )
+    wandb_mode: str = opt("online", "offline: stays in train/wandb until `wandb sync`.", choices=("online", "offline"), layout=True)
+
+
+@dataclass
 class Config:
     name: str = opt(MISSING, "Name of the experiment.")
     run_dir: str = opt("runs/${name}", "Folder of the run.", layout=True)
@@ -217,6 +231,7 @@ class Config:
     learner: LearnerConfig = opt(LearnerConfig, "Training.")
     export: ExportConfig = opt(ExportConfig, "Which checkpoint becomes hf/.")
     evaluate: EvaluateConfig = opt(EvaluateConfig, "Benchmarks.")
+    logging: LoggingConfig = opt(LoggingConfig, "Where training is logged besides train/.")
 
 
 def conf_dir() -> Path:
@@ -365,7 +380,9 @@ POSITIVE = (
     "learner.lora.rank", "learner.lora.alpha", "learner.held_out_samples", "learner.eval_interval",
     "learner.checkpoint_interval", "learner.keep_checkpoints",
 )  # fmt: skip
-OPTIONAL_POSITIVE = ("data.train_problems", "learner.max_steps", "method.divergence.top_k", "method.divergence.clip")
+OPTIONAL_POSITIVE = (
+    "data.train_problems", "learner.max_steps", "learner.peak_tflops", "method.divergence.top_k", "method.divergence.clip",
+)  # fmt: skip
 UNIT_INTERVAL = (
     "rollout.top_p",
     "refine.top_p",

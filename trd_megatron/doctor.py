@@ -28,6 +28,7 @@ PACKAGES = {
     "reasoning-gym": "quickstart's problems",
     "transformer-engine": "fp8 and fused layers on GPUs (learner.transformer_impl, learner.fp8)",
     "flash-attn": "Transformer Engine's attention, where cuDNN's is not used",
+    "wandb": "logging.wandb_project",
     "triton": "fused loss kernels on GPUs (learner.kl_backend)",
 }
 REQUIRED = ("torch", "transformers", "megatron-core", "math-verify", "pyarrow", "peft")

@@ -138,11 +138,8 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
 
 def adapter_parameters(architecture: Architecture, lora: LoraConfig) -> int:
     """LoRA parameters on the targeted linears of every layer."""
-    a = architecture
-    attention, kv = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-    outputs = {"q_proj": attention, "k_proj": kv, "v_proj": kv, "o_proj": attention}
-    sizes = {name: a.hidden_size + outputs.get(name, a.ffn_hidden_size) for name in lora.targets}
-    return a.num_layers * lora.rank * sum(sizes.values())
+    projections = architecture.projections()
+    return architecture.num_layers * lora.rank * sum(sum(projections[name]) for name in lora.targets)
 
 
 def sample(config: Config) -> Text:

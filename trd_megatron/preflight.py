@@ -1,5 +1,8 @@
 """What can be checked before any work is done, so that an hour of generation does not end in a wrong model or layout."""
 
+import os
+from importlib import metadata
+
 import torch
 
 from trd_megatron.builtin_models import resolve_model
@@ -8,11 +11,12 @@ from trd_megatron.config import Config
 from trd_megatron.convert.architecture import Architecture
 from trd_megatron.data import parquet
 from trd_megatron.errors import UserError
+from trd_megatron.learner import versions
 from trd_megatron.learner.stack import Installed, choose
 
 
 def check_devices(config: Config) -> None:
-    """Raises UserError if this machine has fewer GPUs than the configuration uses, or lacks what its layers are to be made of."""
+    """Raises UserError if this machine has fewer GPUs than the configuration uses."""
     gpus = torch.cuda.device_count()
     if config.engine.device == "cuda" and not gpus:
         raise UserError("engine.device=cuda, but this machine has no usable GPU: set engine.device=cpu")
@@ -22,7 +26,23 @@ def check_devices(config: Config) -> None:
             f"learner.device=cuda with {ranks} ranks (learner.tensor_model_parallel_size x context_parallel_size x data_parallel_size), "
             f"but this machine has {gpus} usable GPUs: choose learner=cpu, or fewer ranks"
         )
+
+
+def check_training(config: Config) -> None:
+    """Raises UserError if megatron-core was not tested, or if what the learner's layers or logging.wandb_project need is not there."""
     choose(config.learner, Installed.find())
+    versions.check(versions.installed())
+    project, mode = config.logging.wandb_project, config.logging.wandb_mode
+    if project is None:
+        return
+    try:
+        metadata.version("wandb")
+    except metadata.PackageNotFoundError:
+        raise UserError(f"logging.wandb_project={project} needs the package wandb: pip install 'trd_megatron[wandb]'") from None
+    if mode == "online" and not os.environ.get("WANDB_API_KEY"):
+        raise UserError(
+            f"logging.wandb_project={project} needs the environment variable WANDB_API_KEY: set it, or logging.wandb_mode=offline"
+        )
 
 
 def check_inputs(config: Config) -> None:

@@ -35,14 +35,15 @@ def random_samples() -> list[Sample]:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Config]:
+def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
     """Writes a training job of six steps over two data-parallel ranks into a folder and returns its configuration."""
     student = tiny.make("qwen3", tmp_path_factory.mktemp("student"))
     config = load(["experiment=smoke"])
     learner = replace(config.learner, data_parallel_size=2, checkpoint_interval=2, eval_interval=3, keep_checkpoints=9, learning_rate=1e-2)
-    config = replace(config, learner=learner)
+    synchronous = replace(config, learner=learner)
 
-    def write(folder: Path) -> Config:
+    def write(folder: Path, background: bool = False) -> Config:
+        config = replace(synchronous, learner=replace(learner, async_checkpoint=background))
         folder.mkdir()
         write_parquet(folder / SAMPLES, [asdict(sample) for sample in random_samples()], SAMPLE)
         Job(to_dict(config), str(student), None, [3, 5]).write(folder)
@@ -52,7 +53,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Config]:
 
 
 @pytest.fixture(scope="module")
-def whole(job: Callable[[Path], Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(job: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole") / "train"
     config = job(folder)
@@ -70,11 +71,14 @@ def same(folder: Path, whole: Path) -> None:
 
 def ranks() -> list[psutil.Process]:
     """The learner's rank processes below this one."""
-    return [p for p in psutil.Process().children(recursive=True) if "trd_megatron.learner" in p.cmdline()]
+    found = [p for p in psutil.Process().children(recursive=True) if "trd_megatron.learner" in p.cmdline()]
+    pids = {p.pid for p in found}
+    return [p for p in found if p.ppid() not in pids]  # without the writers that they fork
 
 
-def test_a_killed_rank_is_started_again(job: Callable[[Path], Config], whole: Path, tmp_path: Path) -> None:
-    config = job(tmp_path / "train")
+@pytest.mark.parametrize("background", [False, True])
+def test_a_killed_rank_is_started_again(background: bool, job: Callable[..., Config], whole: Path, tmp_path: Path) -> None:
+    config = job(tmp_path / "train", background)
     seen = []
     for metrics in run_ranks(tmp_path / "train", config.learner):
         seen.append(metrics["step"])
@@ -85,8 +89,8 @@ def test_a_killed_rank_is_started_again(job: Callable[[Path], Config], whole: Pa
     same(tmp_path / "train", whole)
 
 
-def test_sigterm_saves_the_step_and_the_next_start_goes_on(job: Callable[[Path], Config], whole: Path, tmp_path: Path) -> None:
-    config = job(tmp_path / "train")
+def test_sigterm_saves_the_step_and_the_next_start_goes_on(job: Callable[..., Config], whole: Path, tmp_path: Path) -> None:
+    config = job(tmp_path / "train", background=True)
     running = run_ranks(tmp_path / "train", config.learner)
     assert next(running)["step"] == 1
     for rank in ranks()[:1]:  # one of two: the others stop with it
@@ -101,7 +105,7 @@ def test_sigterm_saves_the_step_and_the_next_start_goes_on(job: Callable[[Path],
     same(tmp_path / "train", whole)
 
 
-def test_a_checkpoint_that_was_cut_short_is_left_aside(job: Callable[[Path], Config], whole: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_was_cut_short_is_left_aside(job: Callable[..., Config], whole: Path, tmp_path: Path) -> None:
     config = job(tmp_path / "train")
     subprocess.run(["cp", "-r", f"{whole}/.", str(tmp_path / "train")], check=True)
     checkpoints = tmp_path / "train" / "checkpoints"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.unit.test_cli import trd
-from trd_megatron.bench import kl, kl_report
+from trd_megatron.bench import kl, kl_report, record
 from trd_megatron.bench.kl_report import Row
 from trd_megatron.bench.kl_sides import SIDES, load_inputs, write_inputs
 from trd_megatron.divergence import Divergence, dense_kl
@@ -79,8 +79,7 @@ def test_a_side_whose_process_is_killed_has_failed(tmp_path: Path) -> None:
     write_inputs(tmp_path, 5, 8, 700, "float32", seed=0)
     team = kl._Team(SETTINGS, "linear_kl", 5, 1, tmp_path)
     team.start()
-    ((_, process),) = team._children.values()
-    os.kill(process.pid, signal.SIGKILL)
+    os.kill(team._children[0].process.pid, signal.SIGKILL)
     team.wait_ready()
     assert (team.rows[0].status, team.rows[0].error, team.alive) == ("failed", "the process was killed: out of memory?", False)
 
@@ -116,7 +115,7 @@ def test_losses_that_differ_are_an_error(other: float) -> None:
 
 def test_the_high_water_mark_sees_what_was_freed_again() -> None:
     """In a process of its own: this one may hand out pages that it holds already."""
-    code = "import torch; from trd_megatron.bench.kl_child import HostMemory; m = HostMemory(); torch.ones(2**24); print(m.peak())"
+    code = "import torch; from trd_megatron.bench.memory import HostMemory; m = HostMemory(); torch.ones(2**24); print(m.peak())"
     peak = int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     assert 2**26 - 2**20 < peak < 2**26 + 2**24  # 64 MiB
 
@@ -151,7 +150,7 @@ def test_a_system_that_cannot_measure_memory_is_refused(tmp_path: Path, monkeypa
     def refuse() -> None:
         raise PermissionError("/proc/self/clear_refs: not permitted")
 
-    monkeypatch.setattr(kl, "HostMemory", refuse)
+    monkeypatch.setattr(record, "HostMemory", refuse)
     with pytest.raises(UserError, match="memory cannot be measured on this system: /proc/self/clear_refs: not permitted"):
         kl.benchmark(SETTINGS, tmp_path)
 

@@ -165,7 +165,7 @@ def test_an_interrupted_making_leaves_nothing(cache, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(builtin_models, "_make_tiny", fail)
+        patch.setattr(builtin_models, "_make_random_qwen3", fail)
         with pytest.raises(KeyboardInterrupt):
             resolve_model(TINY[0])
     assert list((cache / "models").iterdir()) == []
@@ -173,15 +173,15 @@ def test_an_interrupted_making_leaves_nothing(cache, monkeypatch):
 
 
 def test_two_at_once_the_first_to_finish_wins(cache, monkeypatch):
-    make = builtin_models._make_tiny
+    make = builtin_models._make_random_qwen3
     paths = []
 
     def slow(settings: dict, folder: Path) -> None:
-        monkeypatch.setattr(builtin_models, "_make_tiny", make)
+        monkeypatch.setattr(builtin_models, "_make_random_qwen3", make)
         paths.append(resolve_model(TINY[0]))  # another process comes first
         make(settings, folder)
 
-    monkeypatch.setattr(builtin_models, "_make_tiny", slow)
+    monkeypatch.setattr(builtin_models, "_make_random_qwen3", slow)
     paths.append(resolve_model(TINY[0]))
     assert paths[0] == paths[1]
     assert list((cache / "models").iterdir()) == [paths[0]]

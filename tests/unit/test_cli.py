@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ import pytest
 from tests import tiny
 from trd_megatron import cli
 from trd_megatron.builtin_models import resolve_model
+from trd_megatron.learner import versions
 
 ROWS = [{"problem": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(12)]
 
@@ -156,3 +158,26 @@ def test_a_gpu_that_is_not_there(refused) -> None:  # type: ignore[no-untyped-de
         pytest.skip("this machine has a GPU")
     assert "learner.device=cuda with 1 ranks" in refused("learner.device=cuda")
     assert "engine.device=cuda, but this machine has no usable GPU" in refused("engine.device=cuda")
+
+
+def test_an_untested_megatron_goes_on_only_when_asked(
+    refused, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path  # type: ignore[no-untyped-def]
+) -> None:  # fmt: skip
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.99.0" if name == "megatron-core" else real(name))
+    monkeypatch.setenv(versions.ALLOW, "")  # restored afterwards: --allow-untested sets it for child processes
+    message = refused("--until", "prepare")
+    assert "megatron-core 0.99.0 was not tested with this learner (tested: 0.16.1)" in message
+    assert message.endswith("pip install megatron-core==0.16.1, or go on with --allow-untested")
+    assert not (tmp_path / "run").exists()  # nothing was done
+    arguments = ("run", "experiment=smoke", f"run_dir={tmp_path / 'run'}", "--until", "prepare")
+    assert trd(*arguments, "--allow-untested", monkeypatch=monkeypatch, capsys=capsys)[0] == 0
+    allowed = json.loads((tmp_path / "run/problems/manifest.json").read_text())
+    assert allowed["versions"]["megatron-core"] == "0.99.0"
+    versions.check("0.99.0")  # as the ranks do, who inherit the variable
+    monkeypatch.setenv(versions.ALLOW, "")
+    monkeypatch.setattr(metadata, "version", real)
+    assert trd(*arguments, monkeypatch=monkeypatch, capsys=capsys)[0] == 0
+    kept = json.loads((tmp_path / "run/problems/manifest.json").read_text())
+    assert (kept["fingerprint"], kept["finished"]) == (allowed["fingerprint"], allowed["finished"])  # skipped: the flag is no setting
+    assert "allow" not in (tmp_path / "run/config.yaml").read_text()

@@ -231,7 +231,7 @@ def test_adapter_size_is_what_training_makes() -> None:
 
 
 def test_torn_metrics_lines_are_left_out(tmp_path: Path) -> None:
-    from trd_megatron.learner.train import read_metrics
+    from trd_megatron.learner.log import read_metrics
 
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"ste')
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]

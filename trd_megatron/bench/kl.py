@@ -5,26 +5,16 @@ The processes take turns, one at a time and round by round, so that what else th
 """
 
 import contextlib
-import os
-import platform
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib import metadata
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from trd_megatron import __version__, processes
-from trd_megatron.bench import kl_report
-from trd_megatron.bench.kl_child import COMMAND, Failed, HostMemory, Job, Ready, Turn
+from trd_megatron.bench import kl_report, record
+from trd_megatron.bench.children import Child, ChildFailedError, receive
+from trd_megatron.bench.kl_child import Job, Ready, Turn
 from trd_megatron.bench.kl_report import Row, Status
 from trd_megatron.bench.kl_sides import DTYPES, SIDES, write_inputs
 from trd_megatron.errors import UserError
@@ -64,10 +54,7 @@ class Settings:
             raise UserError(f"--sides {unknown[0]}: no such side; there are {', '.join(SIDES)}")
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype {self.dtype}: it must be one of {', '.join(DTYPES)}")
-        if self.device not in ("cpu", "cuda"):
-            raise UserError(f"--device {self.device}: it must be cpu or cuda")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: PyTorch finds no GPU")
+        record.check_device(self.device)
         if self.ranks > 1 and self.device == "cuda":
             raise UserError("--ranks is for --device cpu: the ranks speak gloo")
         counts = {"tokens": min(self.tokens), "hidden": self.hidden, "vocab": self.vocab, "chunk": self.chunk}
@@ -84,28 +71,25 @@ class Settings:
         return f"{sizes}, {self.threads} thread{'s' * (self.threads > 1)}, median of {self.repeats}"
 
 
-class _SideFailedError(Exception):
-    """A child raised or died; its error in one line."""
-
-
 class _Team:
     """The processes of one side at one number of tokens: one, or one per rank."""
 
     def __init__(self, settings: Settings, side: str, tokens: int, ranks: int, folder: Path) -> None:
         self.rows = [Row(side, tokens, rank, ranks, max(1, settings.threads // ranks)) for rank in range(ranks)]
         self._settings, self._inputs, self._own = settings, folder, folder / f"{tokens}-{side}-{ranks}"
-        self._children: dict[Connection, tuple[Row, subprocess.Popen]] = {}
+        self._children: list[Child] = []
 
     def start(self) -> None:
         if not SIDES[self.rows[0].side].installed:
             self._leave("not installed", NOT_INSTALLED)
             return
         self._own.mkdir()
+        environment = {
+            "TORCHINDUCTOR_CACHE_DIR": str(self._own / "inductor"),  # nothing compiled before is found
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # more would start processes that are busy while others are timed
+        }
         settings = self._settings
         for row in self.rows:
-            connection, other = Pipe()
-            self._children[connection] = (row, self._start(row, other.fileno()))
-            other.close()  # so that the child's death is an end of file here
             job = Job(
                 side=row.side,
                 tokens=row.tokens,
@@ -120,30 +104,7 @@ class _Team:
                 ranks=row.ranks,
                 store=self._own / "store",
             )
-            self._send(connection, job)
-
-    def _start(self, row: Row, descriptor: int) -> subprocess.Popen:
-        environment = dict(os.environ) | {
-            "OMP_NUM_THREADS": str(row.threads),
-            "TORCHINDUCTOR_CACHE_DIR": str(self._own / "inductor"),  # nothing compiled before is found
-            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # more would start processes that are busy while others are timed
-            "PYTHONSAFEPATH": "1",
-            processes.PARENT: str(os.getpid()),
-        }
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        with self._log(row).open("w") as log:
-            return subprocess.Popen(
-                [sys.executable, "-c", COMMAND, str(descriptor)],
-                env=environment,
-                pass_fds=[descriptor],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                process_group=0,  # Ctrl-C is ours to hear
-            )
-
-    def _log(self, row: Row) -> Path:
-        return self._own / f"{row.rank}.log"
+            self._children.append(Child("kl_child", job, row.threads, self._own / f"{row.rank}.log", environment))
 
     @property
     def alive(self) -> bool:
@@ -151,7 +112,7 @@ class _Team:
 
     def wait_ready(self) -> None:
         with self._failures():
-            self._receive(Ready)
+            receive(self._children, Ready)
 
     def warm_up(self) -> None:
         self._turn(timed=False)
@@ -161,49 +122,18 @@ class _Team:
 
     def _turn(self, timed: bool) -> None:
         with self._failures():
-            for connection in self._children:
-                self._send(connection, "go")
-            for row, turn in self._receive(Turn):
+            for child in self._children:
+                child.send("go")
+            for row, turn in zip(self.rows, receive(self._children, Turn), strict=True):
                 row.loss, row.memory_bytes = turn.loss, turn.memory
                 if timed:
                     row.seconds.append(turn.seconds)
-
-    @staticmethod
-    def _send(connection: Connection, message: Job | str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # the child is dead: receiving tells why
-            connection.send(message)
-
-    def _receive(self, expected: type) -> list[tuple[Row, Any]]:
-        """One message of every child. Raises _SideFailedError with the first bad one."""
-        replies: list[tuple[Row, Any]] = []
-        waiting = set(self._children)
-        while waiting:
-            for connection in wait(waiting):
-                assert isinstance(connection, Connection)
-                row, process = self._children[connection]
-                try:
-                    reply = connection.recv()
-                except (EOFError, ConnectionResetError):
-                    raise _SideFailedError(self._last_words(row, process)) from None
-                if isinstance(reply, Failed):
-                    raise _SideFailedError(reply.error)
-                assert isinstance(reply, expected)
-                replies.append((row, reply))
-                waiting.remove(connection)
-        return replies
-
-    def _last_words(self, row: Row, process: subprocess.Popen) -> str:
-        code = process.wait()
-        if code == -signal.SIGKILL:
-            return "the process was killed: out of memory?"
-        lines = self._log(row).read_text(errors="replace").split("\n")
-        return f"the process ended with exit code {code}: {next((line for line in reversed(lines) if line.strip()), 'no output')[:300]}"
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
         try:
             yield
-        except _SideFailedError as error:
+        except ChildFailedError as error:
             self.end()
             self._leave("failed", str(error))
 
@@ -212,13 +142,9 @@ class _Team:
             row.status, row.error, row.loss, row.seconds, row.memory_bytes = status, error, None, [], None
 
     def end(self) -> None:
-        """Ends the processes, with what they started (compilers)."""
-        for connection, (_, process) in self._children.items():
-            connection.close()
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        self._children = {}
+        for child in self._children:
+            child.end()
+        self._children = []
 
 
 def benchmark(settings: Settings, out: Path, on_tokens: Callable[[list[Row]], None] = lambda rows: None) -> list[Row]:
@@ -227,14 +153,7 @@ def benchmark(settings: Settings, out: Path, on_tokens: Callable[[list[Row]], No
     A side that fails or is not installed has rows that say so. Raises DisagreementError where losses that should be one differ,
     UserError where memory cannot be measured or the inputs have no room.
     """
-    if not os.access(next(folder for folder in (out, *out.absolute().parents) if folder.exists()), os.W_OK) or out.is_file():
-        raise UserError(f"--out {out}: not a folder that can be written")
-    out.mkdir(parents=True, exist_ok=True)
-    if settings.device == "cpu":
-        try:
-            HostMemory()
-        except OSError as error:
-            raise UserError(f"memory cannot be measured on this system: {error}") from None
+    record.prepare(out, settings.device)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="trd-bench-") as name:
         folder = Path(name)
@@ -289,25 +208,9 @@ def _check_losses(rows: list[Row], tolerance: float) -> None:
 
 
 def _record(settings: Settings, rows: list[Row]) -> dict[str, Any]:
-    versions: dict[str, str | None] = {"trd_megatron": __version__}
-    for name in ("torch", "triton", "liger-kernel", "trl"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    machine = {"processor": _processor(), "cores": os.cpu_count()}
-    machine["gpu"] = torch.cuda.get_device_name() if settings.device == "cuda" else None
     return {
         "settings": asdict(settings) | {"seed": SEED},
-        "versions": versions,
-        "machine": machine,
+        "versions": record.versions(["torch", "triton", "liger-kernel", "trl"]),
+        "machine": record.machine(settings.device),
         "results": [row.json() for row in rows],
     }
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()

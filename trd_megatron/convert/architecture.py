@@ -95,9 +95,22 @@ class Architecture:
                 f"{self.num_query_groups} key/value heads and {self.ffn_hidden_size} MLP columns; sizes that work: {works}"
             )
 
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Name -> (inputs, outputs) of the matrices of one layer."""
+        hidden, ffn = self.hidden_size, self.ffn_hidden_size
+        attention, kv = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
+        return {
+            "q_proj": (hidden, attention),
+            "k_proj": (hidden, kv),
+            "v_proj": (hidden, kv),
+            "o_proj": (attention, hidden),
+            "gate_proj": (hidden, ffn),
+            "up_proj": (hidden, ffn),
+            "down_proj": (ffn, hidden),
+        }
+
     def parameter_count(self) -> int:
         """Parameters, embeddings included."""
-        attention = self.hidden_size * self.head_dim * (2 * self.num_attention_heads + 2 * self.num_query_groups)
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + 2 * self.hidden_size
+        layer = sum(inputs * outputs for inputs, outputs in self.projections().values()) + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size

@@ -12,8 +12,11 @@ from trd_megatron.processes import die_with_parent
 
 def main(folder: Path) -> None:
     """Trains as train/job.json says. Rank 0 prints one JSON line per step."""
+    import megatron.core
+
     from trd_megatron.config import from_dict
     from trd_megatron.errors import UserError
+    from trd_megatron.learner import versions
     from trd_megatron.learner.job import ERROR, Job
     from trd_megatron.learner.parallel import process_group, setup
     from trd_megatron.learner.train import NonFiniteError, StoppedError, train
@@ -29,6 +32,7 @@ def main(folder: Path) -> None:
     config = from_dict(job.config)
     teacher = None if job.teacher_path is None else Path(job.teacher_path)
     try:
+        versions.check(megatron.core.__version__)
         with process_group(config.learner.device):
             parallel = setup(config.learner)
             train(config, folder, job.samples(folder), Path(job.student_path), teacher, parallel, on_step, job.epistemic_ids)

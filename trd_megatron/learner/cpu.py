@@ -9,22 +9,15 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import megatron.core
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
 from trd_megatron.divergence.products import onednn_mm
-from trd_megatron.errors import UserError
-
-TESTED_VERSIONS = ("0.16.1",)
 
 
 def prepare() -> None:
-    """Makes Megatron-Core usable in this process. Raises UserError on a version that was not tested."""
-    version = megatron.core.__version__
-    if version not in TESTED_VERSIONS:
-        raise UserError(f"megatron-core {version} was not tested on CPU: install one of {', '.join(TESTED_VERSIONS)}")
+    """Makes Megatron-Core usable in this process. What it changes fits the versions of versions.py."""
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.synchronize = lambda *args, **kwargs: None
@@ -62,17 +55,20 @@ def _multiply_with_onednn() -> None:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites device="cuda" arguments to the CPU."""
+    """Rewrites device="cuda" arguments to the CPU, and names the types of tensors as they would be called on a GPU."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
         if str(kwargs.get("device", "")).startswith("cuda"):
             kwargs["device"] = torch.device("cpu")
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):  # asked for the name: "torch.FloatTensor"
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
 
 
 @contextlib.contextmanager
 def cuda_means_cpu() -> Iterator[None]:
-    """For the calls that have `device="cuda"` written into them (distributed checkpointing)."""
+    """For the calls that have `device="cuda"` or `torch.cuda.FloatTensor` written into them (checkpointing, distributed optimizer)."""
     with _CudaMeansCpu():
         yield

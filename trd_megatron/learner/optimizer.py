@@ -1,7 +1,8 @@
 """AdamW: gradients added up over ranks, clipped by their global norm, learning rate by warm-up and cosine.
 
 The state (two moments; for parameters in half precision a float32 copy as well) is dealt over the data-parallel ranks, whole parameters
-at a time (ZeRO stage 1, Rajbhandari et al. 2020): each rank updates its share and sends the others the result.
+at a time (ZeRO stage 1, Rajbhandari et al. 2020): each rank updates its share and sends the others the result. This is the
+optimizer of adapters and of the CPU; distributed_optimizer.py is Megatron's, for every parameter on GPUs.
 """
 
 import math
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trd_megatron.config import LearnerConfig
+from trd_megatron.learner import fused
 from trd_megatron.learner.parallel import Parallel
 from trd_megatron.learner.trained import Trained
 
@@ -28,22 +30,35 @@ def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
     return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def deal_parameters(trained: list[Trained], ranks: int) -> list[int]:
+    """The data-parallel rank that answers for each parameter; every rank gets about as many numbers."""
+    load = [0] * ranks
+    owners = []
+    for one in trained:
+        owners.append(load.index(min(load)))
+        load[owners[-1]] += one.parameter.numel()
+    return owners
+
+
 class Optimizer:
-    """torch's AdamW plus what parallel ranks need around it. Norms and biases (one dimension) do not decay."""
+    """AdamW plus what parallel ranks need around it. Norms and biases (one dimension) do not decay."""
 
     def __init__(self, trained: list[Trained], config: LearnerConfig, parallel: Parallel) -> None:
         self.trained, self.config, self.parallel = trained, config, parallel
-        load = [0] * parallel.dp_cp_size
-        self.owners: list[int] = []  # data-parallel rank that updates each parameter
-        for one in trained:
-            self.owners.append(load.index(min(load)))
-            load[self.owners[-1]] += one.parameter.numel()
+        self.owners = deal_parameters(trained, parallel.dp_cp_size)  # who updates each parameter
         # What AdamW works on: the parameter itself, or its float32 copy.
         mine = (index for index, owner in enumerate(self.owners) if owner == parallel.dp_cp_rank)
         self.masters = {index: self._master(trained[index].parameter) for index in mine}
         by_decay = {decay: [m for m in self.masters.values() if (m.dim() > 1) == decay] for decay in (True, False)}
         groups = [{"params": ms, "weight_decay": config.weight_decay if decay else 0.0} for decay, ms in by_decay.items() if ms]
-        self.adam = torch.optim.AdamW(groups, betas=(config.adam_beta1, config.adam_beta2)) if groups else None
+        self.dtype = self._master(trained[0].parameter).dtype
+        betas = (config.adam_beta1, config.adam_beta2)
+        self.adam = fused.adam(groups, betas, parallel.device, self.dtype) if groups else None
+
+    @property
+    def name(self) -> str:
+        """What does the work, for logs."""
+        return fused.adam_name(self.parallel.device, self.dtype)
 
     @staticmethod
     def _master(parameter: torch.nn.Parameter) -> Tensor:
@@ -51,22 +66,30 @@ class Optimizer:
             return parameter
         return parameter.detach().float().requires_grad_()
 
-    def moments(self, index: int) -> dict[str, Tensor]:
-        """Adam's state of a parameter of this rank's share, made (zeros) if it does not exist yet; a float32 copy comes along."""
-        assert self.adam is not None
-        master = self.masters[index]
-        state = self.adam.state[master]
-        if not state:
-            state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
-        found = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
-        return found if master is self.trained[index].parameter else found | {"master": master.detach()}
+    def states(self) -> dict[int, dict[str, Tensor]]:
+        """What this rank saves of the optimizer: parameter's index -> name -> tensor of the parameter's shape.
 
-    def restored(self, step: int) -> None:
-        """To be called after a checkpoint's numbers were copied into `moments` and the parameters."""
-        for index in self.masters:
-            self.moments(index)
+        Adam's two moments, and the float32 copy of a parameter in half precision. Every parameter is saved by one rank of the
+        data-parallel group. Every rank calls it.
+        """
+        found = {}
+        for index, master in self.masters.items():
             assert self.adam is not None
-            self.adam.state[self.masters[index]]["step"].fill_(step)
+            found[index] = fused.moments(self.adam, master)
+            if master is not self.trained[index].parameter:
+                found[index]["master"] = master.detach()
+        return found
+
+    def restore(self, states: dict[int, dict[str, Tensor]], step: int) -> None:
+        """Takes over what `states` had given after `step` updates; the parameters themselves are in place. Every rank calls it."""
+        for index, own in self.states().items():
+            for name, tensor in own.items():
+                tensor.copy_(states[index][name])
+        if self.adam is not None:
+            fused.set_step(self.adam, step)
+
+    def before_last_backward(self) -> None:
+        """Called before the backward of the last micro-batch when every data-parallel rank has one. Nothing is sent early here."""
 
     def reduce_gradients(self) -> None:
         """Adds up what ranks hold in parts: partial sums over the tensor group, everything over the data group."""
@@ -74,28 +97,26 @@ class Optimizer:
             if one.parameter.grad is None:  # this rank was dealt no sample
                 one.parameter.grad = torch.zeros_like(one.parameter)
         if self.parallel.tp_size > 1:
-            _all_reduce([_gradient(one) for one in self.trained if one.partial], self.parallel.tp_group)
+            all_reduce([_gradient(one) for one in self.trained if one.partial], self.parallel.tp_group)
         if self.parallel.dp_cp_size > 1:
-            _all_reduce([_gradient(one) for one in self.trained], self.parallel.dp_cp_group)
+            all_reduce([_gradient(one) for one in self.trained], self.parallel.dp_cp_group)
 
     def gradient_norm(self) -> float:
         """Global 2-norm; what tensor parallelism cuts is added over its group, what it replicates is counted once."""
-        squares = torch.zeros(2, dtype=torch.float64, device=self.parallel.device)
-        for one in self.trained:
-            squares[0 if one.shard_dim is None else 1] += torch.linalg.vector_norm(_gradient(one), dtype=torch.float64).square()
+        parts = [[_gradient(one) for one in self.trained if (one.shard_dim is not None) == cut] for cut in (False, True)]
+        squares = torch.stack([fused.square_sum(gradients, self.parallel.device) for gradients in parts])
         if self.parallel.tp_size > 1:
             dist.all_reduce(squares[1:], group=self.parallel.tp_group)
         return math.sqrt(float(squares.sum()))
 
     def step(self, rate: float, norm: float) -> None:
         """Clips to clip_grad and updates. Gradients are cleared."""
-        scale = min(1.0, self.config.clip_grad / norm) if norm else 1.0
         for index, master in self.masters.items():
             gradient = _gradient(self.trained[index])
             master.grad = gradient if master is self.trained[index].parameter else gradient.float()
-            if scale < 1:
-                master.grad.mul_(scale)
         if self.adam is not None:
+            if norm > self.config.clip_grad:
+                fused.scale([master.grad for master in self.masters.values() if master.grad is not None], self.config.clip_grad / norm)
             for group in self.adam.param_groups:
                 group["lr"] = rate
             self.adam.step()
@@ -143,7 +164,7 @@ def _unpack(flat: Tensor, tensors: list[Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def _all_reduce(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
+def all_reduce(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
     """Sums over the group, a bucket at a time."""
     for flat, tensors in _buckets(gradients):
         dist.all_reduce(flat, group=group)

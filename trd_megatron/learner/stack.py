@@ -103,7 +103,7 @@ def choose(config: LearnerConfig, installed: Installed) -> Stack:
         chosen = f"learner.transformer_impl={config.transformer_impl}, learner.dtype={config.dtype}"
         why = chosen if usable else f"Transformer Engine {found}"
         notes.append(f"{why}: layers are Megatron's local ones, with PyTorch's rms_norm and scaled_dot_product_attention")
-    full = cuda and config.trainable == "full"
+    full = cuda and config.trainable == "full" and config.dtype != "float64"  # when Megatron's optimizer trains
     fusion = full and installed.wgrad_fusion  # Megatron asks for Apex's extension even where Transformer Engine does the work
     if full and not fusion:
         notes.append("Apex's fused_weight_gradient_mlp_cuda is not installed: weight gradients are added up in a step of their own")

@@ -1,10 +1,12 @@
 """One optimizer step's loss and gradients, and the held-out KL: micro-batches in, sums over the global batch out."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from trd_megatron.config import Config
 from trd_megatron.divergence import Backend, Divergence, KLOutput, linear_kl
@@ -30,48 +32,57 @@ class Step:
         self.parallel: Parallel = student.parallel
         self.cut = Cut(token_multiple(config.learner, self.parallel), self.parallel.cp_size, self.parallel.cp_rank)
 
-    def _micro_batches(self, samples: list[Sample]) -> list[MicroBatch]:
-        mine = deal(samples, self.parallel.dp_size)[self.parallel.dp_rank]
+    @record_function("data")
+    def _micro_batches(self, mine: list[Sample]) -> list[MicroBatch]:
         return micro_batches(mine, self.learner.max_tokens_per_micro_batch, self.cut, self.parallel.device)
 
     def _kl(self, batch: MicroBatch, teacher_hidden: Tensor, weight: float) -> KLOutput:
         """teacher_hidden: [R, Ht] of all response tokens of the micro-batch."""
-        student_hidden = self.student.hidden_states(batch.student)[batch.student.rows]
+        with record_function("student forward"):
+            student_hidden = self.student.hidden_states(batch.student)[batch.student.rows]
         if self.parallel.cp_size > 1:
             teacher_hidden = teacher_hidden[batch.student.responses]
-        return linear_kl(
-            student_hidden,
-            self.student.output_weight,
-            teacher_hidden,
-            self.teacher.output_weight,
-            self.divergence,
-            token_weights=torch.full((len(batch.student.rows),), weight, device=student_hidden.device, dtype=torch.float64),
-            targets=batch.student.targets,
-            token_set=self.token_set,
-            vocab_size=self.student.architecture.vocab_size,
-            tp_group=self.parallel.tp_group if self.parallel.tp_size > 1 else None,
-            chunk_tokens=self.learner.kl_chunk_tokens,
-            backend=cast(Backend, self.learner.kl_backend),
-        )
+        with record_function("KL"):
+            return linear_kl(
+                student_hidden,
+                self.student.output_weight,
+                teacher_hidden,
+                self.teacher.output_weight,
+                self.divergence,
+                token_weights=torch.full((len(batch.student.rows),), weight, device=student_hidden.device, dtype=torch.float64),
+                targets=batch.student.targets,
+                token_set=self.token_set,
+                vocab_size=self.student.architecture.vocab_size,
+                tp_group=self.parallel.tp_group if self.parallel.tp_size > 1 else None,
+                chunk_tokens=self.learner.kl_chunk_tokens,
+                backend=cast(Backend, self.learner.kl_backend),
+            )
 
-    def run(self, samples: list[Sample], *, backward: bool, number: int = 0) -> Sums:
+    def run(
+        self, samples: list[Sample], *, backward: bool, number: int = 0, before_last_backward: Callable[[], None] = lambda: None
+    ) -> Sums:
         """The whole global batch `samples` (the same list on all ranks); gradients of the global token mean if `backward`.
 
         `number` of the step: dropout, which only `backward` has, drops others in each.
-        Gradients are this rank's share: the optimizer adds them up over the ranks that hold the same weights.
+        Gradients are this rank's share: the optimizer adds them up over the ranks that hold the same weights. `before_last_backward` is
+        called before the backward of the last micro-batch, on all of these ranks or, when one of them has no sample, on none.
         """
         tokens = sum(sample.response_tokens for sample in samples)
         totals = Totals(self.divergence.clip, self.parallel)
-        batches = self._micro_batches(samples)
+        dealt = deal(samples, self.parallel.dp_size)
+        batches = self._micro_batches(dealt[self.parallel.dp_rank])
         for model in (self.student, self.teacher.model):
             model.gpt.set_is_first_microbatch()  # Transformer Engine keeps fp8 weights from here to the next step
         teacher_hidden = self.teacher.response_hidden([batch.teacher for batch in batches])
-        for batch, target in zip(batches, teacher_hidden, strict=True):
+        for index, (batch, target) in enumerate(zip(batches, teacher_hidden, strict=True)):
             if self.adapters is not None:
                 self.adapters.drop(row_keys(batch.student, self.seed, number) if backward else None)
             with torch.set_grad_enabled(backward):
                 output = self._kl(batch, target, 1.0 / tokens)
                 if backward:
-                    output.loss.backward()
+                    if index == len(batches) - 1 and all(dealt):
+                        before_last_backward()
+                    with record_function("backward"):
+                        output.loss.backward()
             totals.add(batch, output)
         return totals.over_ranks()

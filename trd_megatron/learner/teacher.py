@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from trd_megatron.errors import UserError
 from trd_megatron.learner.lora import Adapters
@@ -63,7 +64,7 @@ class Teacher:
 
     def _one(self, packing: Packing) -> Tensor:
         parallel = self.model.parallel
-        with torch.no_grad(), self._weights():
+        with torch.no_grad(), self._weights(), record_function("teacher forward"):
             hidden = self.model.hidden_states(packing)[packing.rows]
             if parallel.cp_size == 1:
                 return hidden

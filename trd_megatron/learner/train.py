@@ -1,6 +1,5 @@
 """The training loop: samples in, checkpoints, metrics.jsonl and summary.json out. Runs on every rank."""
 
-import json
 import math
 import random
 import signal
@@ -13,22 +12,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
+from torch.profiler import record_function
 
 from trd_megatron.config import Config
 from trd_megatron.learner import checkpoint
 from trd_megatron.learner.checkpoint_files import best_step, damage, prune, saved_steps
 from trd_megatron.learner.diagnostics import Sums
+from trd_megatron.learner.distributed_optimizer import build_optimizer
+from trd_megatron.learner.flops import peak_tflops, training_flops
+from trd_megatron.learner.log import METRICS, Log
 from trd_megatron.learner.lora import Adapters
+from trd_megatron.learner.memory import peak_memory
 from trd_megatron.learner.model import Model
-from trd_megatron.learner.optimizer import Optimizer, learning_rate
+from trd_megatron.learner.optimizer import learning_rate
 from trd_megatron.learner.packing import Sample
 from trd_megatron.learner.parallel import Parallel
 from trd_megatron.learner.step import Step
 from trd_megatron.learner.teacher import Teacher
-from trd_megatron.run_dir import atomic_write, write_json
+from trd_megatron.run_dir import write_json
 
-METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 
 
@@ -85,12 +87,26 @@ def _newest_whole(checkpoints: Path, parallel: Parallel) -> int:
     return 0
 
 
+def _peak(config: Config, parallel: Parallel) -> float | None:
+    """TFLOP/s that one device could do; None: not known."""
+    if config.learner.peak_tflops is not None or parallel.device.type == "cpu":
+        return config.learner.peak_tflops
+    return peak_tflops(torch.cuda.get_device_name(parallel.device), "fp8" if config.learner.fp8 != "none" else config.learner.dtype)
+
+
+def _most_memory(parallel: Parallel) -> float:
+    """GiB that the rank with the highest peak so far has held; the same on all ranks, who must all ask."""
+    peak = torch.tensor(peak_memory(parallel.device) / 2**30, dtype=torch.float64, device=parallel.device)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    return float(peak)
+
+
 def _save_for_replay(
     folder: Path, error: Exception, state: dict[str, Any], batch: list[Sample], rate: float, trainer: "Trainer", parallel: Parallel
 ) -> None:
     """failed/: the weights and moments before the step, its batch and its learning rate."""
     failed = folder / "failed"
-    checkpoint.save(failed, state, trainer.optimizer, parallel)
+    checkpoint.Saver(failed, trainer.optimizer, parallel).save(state)
     if parallel.is_main:
         write_json(failed / "step.json", {"error": str(error), "lr": rate, "samples": [asdict(sample) for sample in batch]})
 
@@ -112,20 +128,28 @@ class Trainer:
         else:  # another model, or a frozen copy of the student's starting weights
             model = Model(teacher_path or student_path, learner, parallel, offloaded=learner.teacher_offload)
             self.teacher = Teacher(model, self.student, None, offload=learner.teacher_offload)
-        self.optimizer = Optimizer(self.student.trained() if adapters is None else adapters.trained(), learner, parallel)
+        trained = self.student.trained() if adapters is None else adapters.trained()
+        self.optimizer = build_optimizer(self.student, trained, learner, parallel)
         self.step = Step(self.student, self.teacher, adapters, config, list(epistemic_ids))
 
     def update(self, batch: list[Sample], rate: float, number: int) -> tuple[Sums, float]:
         """Optimizer step `number`; returns the batch's sums and the gradient norm before clipping. Raises NonFiniteError."""
-        sums = self.step.run(batch, backward=True, number=number)
-        self.optimizer.reduce_gradients()
-        norm = self.optimizer.gradient_norm()
+        sums = self.step.run(batch, backward=True, number=number, before_last_backward=self.optimizer.before_last_backward)
+        with record_function("optimizer"):
+            self.optimizer.reduce_gradients()
+            norm = self.optimizer.gradient_norm()
         if not (math.isfinite(sums.loss) and math.isfinite(norm)):
             self.optimizer.zero_grad()
             names = ", ".join(f"{sample.problem_id}/{sample.sample_index}" for sample in batch)
             raise NonFiniteError(f"loss {sums.loss}, gradient norm {norm}: not finite, nothing was updated; samples: {names}")
-        self.optimizer.step(rate, norm)
+        with record_function("optimizer"):
+            self.optimizer.step(rate, norm)
         return sums, norm
+
+    def model_flops(self, batch: list[Sample]) -> int:
+        """Of one update on the global batch, all ranks together."""
+        lora = None if self.config.learner.trainable == "full" else self.config.learner.lora
+        return training_flops(self.student.architecture, self.teacher.model.architecture, lora, batch)
 
     def held_out_kl(self, batch: list[Sample]) -> float:
         """Mean unclipped divergence per response token of the fixed batch. Raises NonFiniteError."""
@@ -147,13 +171,40 @@ def train(
 ) -> dict[str, Any]:
     """Trains on `samples` and writes into `folder` (train/); goes on from the newest checkpoint there. Returns the summary.
 
-    Needs more samples than learner.held_out_samples. Raises NonFiniteError, and UserError if a model does not fit.
+    Per step, besides the means of diagnostics.py: model_tflops, the model TFLOP/s that one device achieved (flops.py; without
+    the held-out KL); mfu, its share of the device's peak, None where that is not known; memory_gib, the highest peak of a rank
+    so far; tokens_per_second, of the student's sequences over all ranks.
+
+    Needs more samples than learner.held_out_samples. Raises NonFiniteError, and UserError if a model does not fit or Weights &
+    Biases refuses.
     """
     started = time.monotonic()
-    learner, checkpoints = config.learner, folder / "checkpoints"
+    trainer = Trainer(config, student_path, teacher_path, parallel, epistemic_ids)
+    if parallel.is_main:
+        print(f"optimizer: {trainer.optimizer.name}", file=sys.stderr, flush=True)
+    saver = checkpoint.Saver(folder / "checkpoints", trainer.optimizer, parallel, background=config.learner.async_checkpoint)
+    try:
+        return _train(config, folder, samples, trainer, saver, on_step, started)
+    except NonFiniteError:  # the same on every rank: what was saved before is kept
+        saver.finish()
+        raise
+
+
+def _train(
+    config: Config,
+    folder: Path,
+    samples: list[Sample],
+    trainer: Trainer,
+    saver: checkpoint.Saver,
+    on_step: Callable[[dict[str, Any]], None],
+    started: float,
+) -> dict[str, Any]:
+    learner, checkpoints, parallel = config.learner, saver.checkpoints, trainer.parallel
     training, fixed = split_held_out(samples, learner.held_out_samples, config.seed)
     steps = schedule(len(training), config)
-    trainer = Trainer(config, student_path, teacher_path, parallel, epistemic_ids)
+
+    def published(state: dict[str, Any]) -> None:
+        prune(checkpoints, learner.keep_checkpoints, best_step(state, checkpoints))
 
     done = _newest_whole(checkpoints, parallel)
     if done:
@@ -162,37 +213,41 @@ def train(
         kl = trainer.held_out_kl(fixed)
         state = {"step": 0, "kl_before": kl, "held_out_kl": {"0": kl}, "tokens": 0, "seconds": 0.0}
     earlier_seconds = state["seconds"]
-    log = _Log(folder, done) if parallel.is_main else None
-
-    stop = _StopSignal(parallel)
-    for number in range(done + 1, len(steps) + 1):
-        begun = time.monotonic()
-        rate = learning_rate(learner, number, len(steps))
-        batch = [training[i] for i in steps[number - 1]]
-        try:
-            sums, norm = trainer.update(batch, rate, number)
-        except NonFiniteError as error:
-            _save_for_replay(folder, error, state, batch, rate, trainer, parallel)
-            raise
-        last = number == len(steps)
-        metrics: dict[str, Any] = {"step": number, **sums.metrics(), "grad_norm": norm, "lr": rate}
-        metrics |= {"response_tokens": sums.tokens, "samples": len(batch)}
-        seconds = time.monotonic() - begun
-        metrics |= {"tokens_per_second": sums.sequence_tokens / seconds, "seconds": seconds}
-        if last or number % learner.eval_interval == 0:
-            metrics["held_out_kl"] = state["held_out_kl"][str(number)] = trainer.held_out_kl(fixed)
-        state |= {"step": number, "tokens": state["tokens"] + sums.tokens}
-        state["seconds"] = earlier_seconds + time.monotonic() - started
-        if log is not None:
+    stop, peak = _StopSignal(parallel), _peak(config, parallel)
+    with Log(folder, done, config, active=parallel.is_main) as log:
+        for number in range(done + 1, len(steps) + 1):
+            begun = time.monotonic()
+            rate = learning_rate(learner, number, len(steps))
+            batch = [training[i] for i in steps[number - 1]]
+            try:
+                sums, norm = trainer.update(batch, rate, number)
+            except NonFiniteError as error:
+                saver.finish()
+                _save_for_replay(folder, error, state, batch, rate, trainer, parallel)
+                raise
+            last = number == len(steps)
+            metrics: dict[str, Any] = {"step": number, **sums.metrics(), "grad_norm": norm, "lr": rate}
+            metrics |= {"response_tokens": sums.tokens, "samples": len(batch)}
+            metrics["memory_gib"] = _most_memory(parallel)  # also waits for every rank's optimizer: what comes next is the step's time
+            seconds = time.monotonic() - begun
+            achieved = trainer.model_flops(batch) / seconds / dist.get_world_size() / 1e12
+            metrics |= {"model_tflops": achieved, "mfu": achieved / peak if peak else None}
+            metrics |= {"tokens_per_second": sums.sequence_tokens / seconds, "seconds": seconds}
+            if last or number % learner.eval_interval == 0:
+                metrics["held_out_kl"] = state["held_out_kl"][str(number)] = trainer.held_out_kl(fixed)
+            state |= {"step": number, "tokens": state["tokens"] + sums.tokens}
+            state["seconds"] = earlier_seconds + time.monotonic() - started
             log.write(metrics)
-        stopping = stop.requested() and not last
-        if last or stopping or number % learner.checkpoint_interval == 0:
-            checkpoint.save(checkpoints, state, trainer.optimizer, parallel)
-            if parallel.is_main:
-                prune(checkpoints, learner.keep_checkpoints, best_step(state, checkpoints))
-        on_step(metrics)
-        if stopping:
-            raise StoppedError(f"asked to stop (SIGTERM): step {number} is saved")
+            stopping = stop.requested() and not last
+            if last or stopping or number % learner.checkpoint_interval == 0:
+                saver.save(state, published)
+            else:
+                saver.poll()
+            if last or stopping:
+                saver.finish()
+            on_step(metrics)
+            if stopping:
+                raise StoppedError(f"asked to stop (SIGTERM): step {number} is saved")
 
     summary = {
         "kl_fixed_batch_before": state["kl_before"],
@@ -204,39 +259,6 @@ def train(
         "training_samples": len(training),
         "held_out_samples": len(fixed),
     }
-    if log is not None:
-        log.close()
+    if parallel.is_main:
         write_json(folder / SUMMARY, summary)
     return summary
-
-
-class _Log:
-    """metrics.jsonl and tensorboard; lines after the step that training goes on from are dropped."""
-
-    def __init__(self, folder: Path, done: int) -> None:
-        path = folder / METRICS
-        kept = [line for line in read_metrics(path) if line["step"] <= done] if path.exists() else []
-        with atomic_write(path) as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
-
-    def write(self, metrics: dict[str, Any]) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            if name != "step" and value is not None:
-                self._board.add_scalar(f"train/{name}", value, metrics["step"])
-
-    def close(self) -> None:
-        self._file.close()
-        self._board.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a crash cut short is left out."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            lines.append(json.loads(line))
-    return lines

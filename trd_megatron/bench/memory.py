@@ -1,0 +1,42 @@
+"""Peak memory of this process, on the host and on its GPU."""
+
+from pathlib import Path
+
+import torch
+
+
+class HostMemory:
+    """Growth of this process's resident set in bytes, by Linux's own high-water mark (some 100 KiB off, it counts per processor)."""
+
+    def __init__(self) -> None:
+        """Raises OSError where the mark cannot be reset or read."""
+        self.reset()
+        self._before = self._high_water_mark()
+
+    def reset(self) -> None:
+        """Forgets the peak so far: the mark goes down to what is resident now. What growth is counted from stays."""
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        return self._high_water_mark() - self._before
+
+    @staticmethod
+    def _high_water_mark() -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        raise OSError("/proc/self/status has no VmHWM")
+
+
+class GPUMemory:
+    """Growth of what PyTorch has allocated on the GPU, in bytes."""
+
+    def __init__(self) -> None:
+        self.reset()
+        self._before = torch.cuda.memory_allocated()
+
+    def reset(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated() - self._before

@@ -12,7 +12,9 @@ from trd_megatron.config import Config, LearnerConfig
 from trd_megatron.convert.adapter import merge
 from trd_megatron.learner import checkpoint, cpu
 from trd_megatron.learner.checkpoint_files import saved_steps
+from trd_megatron.learner.distributed_optimizer import AnyOptimizer
 from trd_megatron.learner.model import Model
+from trd_megatron.learner.optimizer import Optimizer
 from trd_megatron.learner.packing import Cut, Sample, pack
 from trd_megatron.learner.parallel import Parallel, setup
 from trd_megatron.learner.train import NonFiniteError, Trainer, train
@@ -160,14 +162,30 @@ def _traced_steps(
     trace: Steps = {"metrics": [], "loss": [], "gradients": [], "adapters": [_whole(trainer, lambda factor: factor.parameter)]}
     for step, rate in enumerate(rates):
         batch = samples[4 * step : 4 * step + 4]
-        sums = trainer.step.run(batch, backward=True, number=step + 1)
+        sums = trainer.step.run(batch, backward=True, number=step + 1, before_last_backward=trainer.optimizer.before_last_backward)
         trainer.optimizer.reduce_gradients()
         trace["loss"].append(sums.loss / sums.tokens)
         trace["metrics"].append(sums.metrics())
-        trace["gradients"].append(_whole(trainer, lambda factor: factor.parameter.grad))
+        trace["gradients"].append(_whole(trainer, _gradients(trainer.optimizer).__getitem__))
         trainer.optimizer.step(rate, trainer.optimizer.gradient_norm())
         trace["adapters"].append(_whole(trainer, lambda factor: factor.parameter))
     return trace
+
+
+def _gradients(optimizer: AnyOptimizer) -> dict[Trained, torch.Tensor]:
+    """This tensor-parallel rank's gradients; Megatron's optimizer has left every data-parallel rank pieces of them."""
+    if isinstance(optimizer, Optimizer):
+        return {one: one.parameter.grad for one in optimizer.trained if one.parameter.grad is not None}
+    gradients = {}
+    for index, one in enumerate(optimizer.trained):
+        flat = torch.zeros(one.parameter.numel(), device=one.parameter.device)
+        if index in optimizer._shards:
+            part, shard = optimizer._shards[index]
+            assert shard.grad is not None
+            flat[part] = shard.grad
+        torch.distributed.all_reduce(flat, group=optimizer.parallel.dp_cp_group)
+        gradients[one] = flat.view_as(one.parameter)
+    return gradients
 
 
 def _whole(trainer: Trainer, of: Callable[[Trained], torch.Tensor]) -> dict[str, torch.Tensor]:

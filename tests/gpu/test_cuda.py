@@ -18,6 +18,8 @@ from trd_megatron.builtin_models import resolve_model
 from trd_megatron.config import load
 from trd_megatron.engine.base import Request, SamplingParams
 from trd_megatron.engine.local import LocalEngine
+from trd_megatron.learner.flops import peak_tflops
+from trd_megatron.learner.log import METRICS, read_metrics
 from trd_megatron.learner.packing import Sample
 from trd_megatron.run_dir import RunDir
 from trd_megatron.stages.train import build_samples
@@ -44,8 +46,7 @@ def test_the_local_engine_draws_the_same_ids(device: Any) -> None:
 
 def figures(train: Path) -> torch.Tensor:
     """[steps, 2]: loss and gradient norm."""
-    lines = (train / "metrics.jsonl").read_text().splitlines()
-    return torch.tensor([[json.loads(line)[name] for name in ("loss", "grad_norm")] for line in lines])
+    return torch.tensor([[line[name] for name in ("loss", "grad_norm")] for line in read_metrics(train / METRICS)])
 
 
 @pytest.mark.parametrize("device", [cpu(), cuda()])
@@ -60,6 +61,9 @@ def test_the_pipeline_trains_as_a_rank_on_the_cpu_does(device: str, tmp_path: Pa
     alone.mkdir()
     run_ranks(1, cases.train_in, ("alone", on_cpu, samples, resolve_model(config.model.path), None), [(alone, (1, False, 1))])
     torch.testing.assert_close(figures(tmp_path / "run" / "train"), figures(alone), rtol=1e-3, atol=1e-6)
+    known = device == "cuda" and peak_tflops(torch.cuda.get_device_name(), "float32") is not None
+    for line in read_metrics(tmp_path / "run" / "train" / METRICS):
+        assert 0 < line["mfu"] < 1 if known else line["mfu"] is None
 
 
 @pytest.mark.parametrize("device", [cpu(), cuda()])

@@ -7,6 +7,7 @@ import pytest
 
 from tests import tiny
 from tests.dist import learner_cases as cases
+from tests.dist import optimizer_cases
 from tests.dist.ranks import run_ranks
 from tests.dist.test_learner_oracle import ONE
 from tests.gpu.devices import cpu, cuda, transformer_engine
@@ -37,10 +38,10 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_two_ranks_take_the_steps_of_one(device: str, precision: str, bounds: Bounds, student: Path) -> None:
-    """Adapters and every parameter; one process group for all layouts."""
+    """Adapters and every parameter, with a GPU's optimizers on the CPU too; one process group for all layouts."""
     case = built(student, device, precision)
     single = run_ranks(1, cases.traced_steps, case, [(ONE, {})], RATES, device=device)[0][0]
-    for rank in run_ranks(2, cases.traced_steps, case, list(LAYOUTS.values()), RATES, device=device, timeout_s=250):
+    for rank in run_ranks(2, optimizer_cases.traced_steps, case, list(LAYOUTS.values()), RATES, device=device, timeout_s=250):
         for name, traces in zip(LAYOUTS, rank, strict=True):
             for one, got, want in zip(case, traces, single, strict=True):
                 assert_within(got, want, bounds, name, one[0])

@@ -1,5 +1,6 @@
 """What the ranks of the learner tests run. A module of its own: ranks find functions by name."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ from trd_megatron.config import Config, LearnerConfig
 from trd_megatron.convert.adapter import merge
 from trd_megatron.learner import checkpoint, cpu
 from trd_megatron.learner.checkpoint_files import saved_steps
+from trd_megatron.learner.distributed_optimizer import AnyOptimizer
 from trd_megatron.learner.model import Model
+from trd_megatron.learner.optimizer import Optimizer
 from trd_megatron.learner.packing import Cut, Sample, pack
 from trd_megatron.learner.parallel import Parallel, setup
 from trd_megatron.learner.train import NonFiniteError, Trainer, train
@@ -21,7 +24,12 @@ Case = tuple[str, Config, list[Sample], Path, Path | None]
 
 
 def start(config: LearnerConfig) -> Parallel:
-    cpu.prepare()
+    if config.device == "cpu":
+        cpu.prepare()
+    if config.fp8 != "none":
+        from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+        FP8GlobalStateManager.reset()  # it would keep the layers of the models before, and their groups
     return setup(config)
 
 
@@ -77,6 +85,11 @@ def train_in(rank: int, case: Case, runs: list[tuple[Path, Layout]]) -> list[dic
         placed = layout(config, *place)
         summaries.append(train(placed, folder, samples, student, teacher, start(placed.learner)))
     return summaries
+
+
+def train_each(rank: int, runs: list[tuple[Case, Path]]) -> list[dict[str, Any]]:
+    """The whole training loop of each case into its folder; returns the summaries."""
+    return [train_in(rank, case, [(folder, (1, False, 1))])[0] for case, folder in runs]
 
 
 def logits(rank: int, config: Config, folders: list[Path], ids: list[list[int]], layouts: list[Layout]) -> list[list[torch.Tensor]]:
@@ -139,25 +152,44 @@ def traced_steps(rank: int, cases: list[Case], runs: list[tuple[Layout, dict[str
     return [[_traced_steps(case, place, changes, rates) for case in cases] for place, changes in runs]
 
 
-def _traced_steps(case: Case, place: Layout, changes: dict[str, Any], rates: list[float]) -> Steps:
+def _traced_steps(
+    case: Case, place: Layout, changes: dict[str, Any], rates: list[float], prepare: Callable[[Trainer], None] = lambda trainer: None
+) -> Steps:
     _, config, samples, student, teacher = case
     config = layout(config, *place, **changes)
     trainer = Trainer(config, student, teacher, start(config.learner), epistemic_ids=[3, 5, 258])
+    prepare(trainer)
     trace: Steps = {"metrics": [], "loss": [], "gradients": [], "adapters": [_whole(trainer, lambda factor: factor.parameter)]}
     for step, rate in enumerate(rates):
         batch = samples[4 * step : 4 * step + 4]
-        sums = trainer.step.run(batch, backward=True, number=step + 1)
+        sums = trainer.step.run(batch, backward=True, number=step + 1, before_last_backward=trainer.optimizer.before_last_backward)
         trainer.optimizer.reduce_gradients()
         trace["loss"].append(sums.loss / sums.tokens)
         trace["metrics"].append(sums.metrics())
-        trace["gradients"].append(_whole(trainer, lambda factor: factor.parameter.grad))
+        trace["gradients"].append(_whole(trainer, _gradients(trainer.optimizer).__getitem__))
         trainer.optimizer.step(rate, trainer.optimizer.gradient_norm())
         trace["adapters"].append(_whole(trainer, lambda factor: factor.parameter))
     return trace
 
 
+def _gradients(optimizer: AnyOptimizer) -> dict[Trained, torch.Tensor]:
+    """This tensor-parallel rank's gradients; Megatron's optimizer has left every data-parallel rank pieces of them."""
+    if isinstance(optimizer, Optimizer):
+        return {one: one.parameter.grad for one in optimizer.trained if one.parameter.grad is not None}
+    gradients = {}
+    for index, one in enumerate(optimizer.trained):
+        flat = torch.zeros(one.parameter.numel(), device=one.parameter.device)
+        if index in optimizer._shards:
+            part, shard = optimizer._shards[index]
+            assert shard.grad is not None
+            flat[part] = shard.grad
+        torch.distributed.all_reduce(flat, group=optimizer.parallel.dp_cp_group)
+        gradients[one] = flat.view_as(one.parameter)
+    return gradients
+
+
 def _whole(trainer: Trainer, of: Callable[[Trained], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Name -> the tensor `of` gives for it, its parts joined over the tensor-parallel group."""
+    """Name -> the tensor `of` gives for it, its parts joined over the tensor-parallel group, in host memory."""
     joined = {}
     for factor in trainer.optimizer.trained:
         for name, part in factor.split(of(factor).detach()).items():
@@ -167,4 +199,35 @@ def _whole(trainer: Trainer, of: Callable[[Trained], torch.Tensor]) -> dict[str,
             joined[name] = part.clone() if factor.shard_dim is None else torch.cat(parts, dim=factor.shard_dim)
             if factor.entry is not None and factor.entry.kind == "vocab":
                 joined[name] = joined[name][: trainer.student.architecture.vocab_size]
+            joined[name] = joined[name].cpu()
     return joined
+
+
+def modules(rank: int, case: Case) -> dict[str, tuple[list[str], list[str]]]:
+    """After one update: name in the GPTModel -> (its class and the bases, the class of its last forward's fp8 recipe and the bases)."""
+    _, config, samples, student, teacher = case
+    trainer = Trainer(config, student, teacher, start(config.learner))
+    trainer.update(samples[:4], 1e-3, 1)
+    found = {}
+    for name, module in trainer.student.gpt.named_modules():
+        kinds = [type(module), type(module.fp8_meta["recipe"]) if getattr(module, "fp8", False) else object]
+        bases, recipe = ([f"{one.__module__}.{one.__qualname__}" for one in kind.__mro__] for kind in kinds)
+        found[name.replace(".base", "")] = (bases, recipe)  # an adapted layer's own module is what it wraps
+    return found
+
+
+def memory(rank: int, case: Case, changes: list[dict[str, Any]]) -> list[tuple[int, int]]:
+    """Per changed learner settings: bytes on the GPU before the second update, and at its peak beyond them."""
+    results = []
+    for change in changes:
+        _, config, samples, student, teacher = case
+        config = layout(config, 1, False, 1, **change)
+        trainer = Trainer(config, student, teacher, start(config.learner))
+        trainer.update(samples, 1e-3, 1)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        trainer.update(samples, 1e-3, 2)
+        results.append((before, torch.cuda.max_memory_allocated() - before))
+        del trainer
+        gc.collect()
+    return results

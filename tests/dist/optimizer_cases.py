@@ -12,7 +12,8 @@ import psutil
 import torch
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-from tests.dist.learner_cases import Case, Layout, _whole, layout, start
+from tests.dist import learner_cases
+from tests.dist.learner_cases import Case, Layout, Steps, _whole, layout, start
 from trd_megatron.learner import checkpoint, distributed_optimizer
 from trd_megatron.learner.checkpoint_files import saved_steps
 from trd_megatron.learner.distributed_optimizer import MegatronOptimizer
@@ -30,6 +31,12 @@ def optimizer_is(megatron: bool) -> Iterator[None]:
         mock.patch.object(distributed_optimizer, "BUCKET", 3000),
     ):
         yield
+
+
+def traced_steps(rank: int, built: list[Case], runs: list[tuple[Layout, dict[str, Any]]], rates: list[float]) -> list[list[Steps]]:
+    """As in learner_cases, with the optimizers of a GPU: Megatron's where every parameter is trained."""
+    with mock.patch.object(distributed_optimizer, "uses_megatron", lambda config, device: config.trainable == "full"):
+        return learner_cases.traced_steps(rank, built, runs, rates)
 
 
 def trainer_of(case: Case, place: Layout, megatron: bool) -> Trainer:

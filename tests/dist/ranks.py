@@ -1,4 +1,4 @@
-"""Runs a function on several gloo ranks of this machine, for tests."""
+"""Runs a function on several ranks of this machine, over gloo on the CPU or over nccl on its GPUs, for tests."""
 
 import multiprocessing
 import os
@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 
-def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120) -> list[Any]:
-    """Calls fn(rank, *args) in world_size fresh processes with the default gloo group set up; returns the results by rank.
+def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120, device: str = "cpu") -> list[Any]:
+    """Calls fn(rank, *args) in world_size fresh processes with the default group set up; returns the results by rank.
 
-    fn must be a function of a module (it is found again by name), arguments and results must pickle. The first rank that
+    device: cpu (gloo) or cuda (nccl; rank r on GPU r). Results must lie in host memory. fn must be a function of a module (it is found again by name), arguments and results must pickle. The first rank that
     raises or dies ends the others; the RuntimeError holds its traceback. TimeoutError when they take longer than timeout_s.
     """
     context = multiprocessing.get_context("spawn")
@@ -29,7 +29,7 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: fl
             for rank in range(world_size):
                 receiver, sender = context.Pipe(duplex=False)
                 store = os.path.join(folder, "store")
-                process = context.Process(target=_main, args=(rank, world_size, store, timeout_s, sender, fn, args))
+                process = context.Process(target=_main, args=(rank, world_size, device, store, timeout_s, sender, fn, args))
                 process.start()
                 sender.close()  # so that the death of the rank is an end of file here
                 ranks[receiver] = (rank, process)
@@ -63,12 +63,23 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: fl
 
 
 def _main(
-    rank: int, world_size: int, store: str, timeout_s: float, sender: Connection, fn: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    device: str,
+    store: str,
+    timeout_s: float,
+    sender: Connection,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     try:
         torch.set_num_threads(1)
+        place: dict[str, Any] = {"backend": "gloo"}
+        if device == "cuda":
+            torch.cuda.set_device(rank)
+            place = {"backend": "nccl", "device_id": torch.device("cuda", rank)}
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+            **place, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
         )
         message = pickle.dumps((True, fn(rank, *args)))  # plain pickle: tensors as bytes, not as shared memory of a dying process
         dist.barrier()

@@ -44,6 +44,7 @@ setup(
     ],
     extras_require={
         "quickstart": ["accelerate>=1.10", "gguf>=0.17", "reasoning-gym==0.1.25"],
+        "gpu": ["transformer-engine[pytorch]>=2.1"],  # built for the CUDA that torch has; apex comes with NVIDIA's images
         "bench": ["liger-kernel==0.8.5", "trl==1.16.0"],  # the peers of `trd bench kl`
         "wandb": ["wandb>=0.31"],  # logging.wandb_project
         "dev": [

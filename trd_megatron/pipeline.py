@@ -138,7 +138,9 @@ def run(
     preflight.check_devices(config)
     preflight.check_inputs(config)
     todo = list(folders(config, run_dir))
-    if only in (None, "train") and any(stage.name == "train" and (again or folder.state() != "done") for stage, folder in todo):
+    names = list(GROUPS)
+    trains = only in (None, "train") and (until is None or names.index(until) >= names.index("train"))
+    if trains and any(stage.name == "train" and (again or folder.state() != "done") for stage, folder in todo):
         preflight.check_training(config)
     with run_dir.lock():
         run_dir.write_config(to_dict(config))

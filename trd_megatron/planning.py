@@ -78,12 +78,14 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
     trained = student.parameter_count() if full else adapter_parameters(student, learner.lora)
     # Full training in OPSD keeps a frozen copy of the starting weights as the teacher.
     second = (config.teacher.path is not None or full) and not learner.teacher_offload
-    held = student.parameter_count() + (teacher.parameter_count() if second else 0)
+    ends = teacher.vocab_size * teacher.hidden_size * (1 if teacher.tied_embeddings else 2)  # these stay where they are used
+    held = student.parameter_count() + (teacher.parameter_count() if second else ends if learner.teacher_offload else 0)
     # Under sequence parallelism or not, A of a column layer and B of a row layer are replicated; counting all as cut is a lower bound.
     # Gradients on every rank; two moments (and in half precision a float32 copy) dealt over the data-parallel ranks.
     state = 12 if width < 4 else 8 if width == 4 else 16
     sharers = learner.data_parallel_size * learner.context_parallel_size
-    trained_bytes = trained * (width if full else max(width, 4) * 2) + trained * state / sharers
+    # Megatron's optimizer, for full training on GPUs, adds gradients up in float32.
+    trained_bytes = trained * ((4 if learner.device == "cuda" else width) if full else max(width, 4) * 2) + trained * state / sharers
     learner_bytes = held * width / tp + trained_bytes / tp + 2 * learner.kl_chunk_tokens * student.padded_vocab_size(tp) / tp * 4
     generating = (config.rollout, config.refine, config.evaluate)
     longest = max(section.max_prompt_tokens + section.max_response_tokens for section in generating)

@@ -12,7 +12,7 @@ from trd_megatron.convert.architecture import Architecture
 from trd_megatron.data import parquet
 from trd_megatron.errors import UserError
 from trd_megatron.learner import versions
-from trd_megatron.learner.stack import Installed, choose
+from trd_megatron.learner.stack import Installed, check_shapes, choose
 
 
 def check_devices(config: Config) -> None:
@@ -55,11 +55,13 @@ def check_inputs(config: Config) -> None:
     tp = config.learner.tensor_model_parallel_size
     student_architecture = Architecture.from_hf(student_path)
     student_architecture.check_tensor_parallel_size(tp, config.model.path)
+    check_shapes(config.learner, student_architecture, config.model.path)
     if config.teacher.path is None:
         return
     teacher_path = resolve_model(config.teacher.path)
     teacher_architecture = Architecture.from_hf(teacher_path)
     teacher_architecture.check_tensor_parallel_size(tp, config.teacher.path)
+    check_shapes(config.learner, teacher_architecture, config.teacher.path)
     teacher = Chat(teacher_path, config.data.prompt_format, config.teacher.chat_template_kwargs)
     ours, theirs = student.vocabulary(), teacher.vocabulary()
     if ours != theirs:

@@ -79,17 +79,16 @@ def poisoned(rank: int, case: Case, place: Layout) -> tuple[str, bool]:
 
 def train_in(rank: int, case: Case, runs: list[tuple[Path, Layout]]) -> list[dict[str, Any]]:
     """The whole training loop, once into each folder; returns the summaries."""
-    _, config, samples, student, teacher = case
-    summaries = []
-    for folder, place in runs:
-        placed = layout(config, *place)
-        summaries.append(train(placed, folder, samples, student, teacher, start(placed.learner)))
-    return summaries
+    name, config, *rest = case
+    return train_each(rank, [((name, layout(config, *place), *rest), folder) for folder, place in runs])
 
 
 def train_each(rank: int, runs: list[tuple[Case, Path]]) -> list[dict[str, Any]]:
-    """The whole training loop of each case into its folder; returns the summaries."""
-    return [train_in(rank, case, [(folder, (1, False, 1))])[0] for case, folder in runs]
+    """The whole training loop of each case, on its own layout, into its folder; returns the summaries."""
+    summaries = []
+    for (_, config, samples, student, teacher), folder in runs:
+        summaries.append(train(config, folder, samples, student, teacher, start(config.learner)))
+    return summaries
 
 
 def logits(rank: int, config: Config, folders: list[Path], ids: list[list[int]], layouts: list[Layout]) -> list[list[torch.Tensor]]:

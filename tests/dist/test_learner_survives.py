@@ -71,9 +71,8 @@ def same(folder: Path, whole: Path) -> None:
 
 def ranks() -> list[psutil.Process]:
     """The learner's rank processes below this one."""
-    found = [p for p in psutil.Process().children(recursive=True) if "trd_megatron.learner" in p.cmdline()]
-    pids = {p.pid for p in found}
-    return [p for p in found if p.ppid() not in pids]  # without the writers that they fork
+    launchers = [p for p in psutil.Process().children() if "trd_megatron.learner.torchrun" in p.cmdline()]
+    return [rank for launcher in launchers for rank in launcher.children()]  # without the writers that they fork
 
 
 @pytest.mark.parametrize("background", [False, True])

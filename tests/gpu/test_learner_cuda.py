@@ -160,7 +160,7 @@ def test_a_checkpoint_goes_on_on_another_device(device: str, direction: str, stu
     first, second = ("cpu", device) if direction == "from" else (device, "cpu")
 
     def train(folders: list[Path], on: str) -> list[dict[str, Any]]:
-        both = built(student, on, "float32", learning_rate=1e-3, keep_checkpoints=9)
+        both = built(student, on, "float32", learning_rate=1e-3, keep_checkpoints=9, async_checkpoint=True)
         runs = [
             ((name, config, samples[:20], *models), folder) for (name, config, samples, *models), folder in zip(both, folders, strict=True)
         ]

@@ -166,7 +166,7 @@ def test_an_untested_megatron_goes_on_only_when_asked(
     real = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "0.99.0" if name == "megatron-core" else real(name))
     monkeypatch.setenv(versions.ALLOW, "")  # restored afterwards: --allow-untested sets it for child processes
-    message = refused("--until", "prepare")
+    message = refused("--until", "train")
     assert "megatron-core 0.99.0 was not tested with this learner (tested: 0.16.1)" in message
     assert message.endswith("pip install megatron-core==0.16.1, or go on with --allow-untested")
     assert not (tmp_path / "run").exists()  # nothing was done
@@ -176,6 +176,7 @@ def test_an_untested_megatron_goes_on_only_when_asked(
     assert allowed["versions"]["megatron-core"] == "0.99.0"
     versions.check("0.99.0")  # as the ranks do, who inherit the variable
     monkeypatch.setenv(versions.ALLOW, "")
+    assert trd(*arguments, monkeypatch=monkeypatch, capsys=capsys)[0] == 0  # nothing is trained: no Megatron is needed
     monkeypatch.setattr(metadata, "version", real)
     assert trd(*arguments, monkeypatch=monkeypatch, capsys=capsys)[0] == 0
     kept = json.loads((tmp_path / "run/problems/manifest.json").read_text())

@@ -26,17 +26,19 @@ def found(monkeypatch: pytest.MonkeyPatch, module: str) -> type:
     [
         ("transformer_engine.pytorch.optimizers.fused_adam", "Transformer Engine's FusedAdam"),
         ("apex.optimizers.fused_adam", "Apex's FusedAdam"),
-        ("torch.optim.adamw", "torch's AdamW (fused)"),
+        ("torch.optim.adamw", "PyTorch's AdamW (fused)"),
     ],
 )
 def test_the_fused_adam_that_is_installed_is_used_on_gpus(module: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = found(monkeypatch, module)
-    assert fused.adam_name(CUDA, torch.float32) == name
-    assert fused.adam_name(CUDA, torch.float64) == "torch's AdamW (fused)"  # theirs have no kernels for it
-    assert fused.adam_name(CPU, torch.float32) == "torch's AdamW"
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "weight_decay": 0.0}]
-    assert isinstance(fused.adam(groups, (0.9, 0.95), CUDA, torch.float32), made) == (not module.startswith("torch"))
+    used = fused.adam(groups, (0.9, 0.95), CUDA, torch.float32)
+    assert fused.adam_name(used) == name
+    assert isinstance(used, made) == (not module.startswith("torch"))
+    exact = fused.adam(groups, (0.9, 0.95), CUDA, torch.float64)
+    assert fused.adam_name(exact) == "PyTorch's AdamW (fused)"  # theirs have no kernels for float64
     plain = fused.adam(groups, (0.9, 0.95), CPU, torch.float32)
+    assert fused.adam_name(plain) == "PyTorch's AdamW"
     assert isinstance(plain, torch.optim.AdamW)
     assert not plain.defaults["fused"]
 

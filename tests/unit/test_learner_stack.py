@@ -1,5 +1,7 @@
 """Which implementations the layers are made of. Transformer Engine is not installed here: specs and configurations are built, not run."""
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +17,7 @@ from trd_megatron.errors import UserError
 from trd_megatron.learner.attention import SegmentedAttention
 from trd_megatron.learner.model import RMSNorm, block_spec, transformer_config
 from trd_megatron.learner.packing import Cut, Sample, micro_batches, pack, pieces
-from trd_megatron.learner.stack import FP8_RECIPES, Installed, Stack, choose, precision, token_multiple
+from trd_megatron.learner.stack import FP8_RECIPES, Installed, Stack, check_shapes, choose, precision, token_multiple
 
 NOTHING = Installed(None, apex=False, wgrad_fusion=False)
 EVERYTHING = Installed("2.9.0", apex=True, wgrad_fusion=True)
@@ -60,6 +62,45 @@ def test_what_is_asked_for_and_missing_is_an_error() -> None:
         choose(cuda(fp8="blockwise"), Installed("2.2.0", apex=False, wgrad_fusion=False))
     with pytest.raises(UserError, match=r"mxfp8 needs a GPU of compute capability 10\.0 or newer, not 9\.0"):
         FP8_RECIPES["mxfp8"].check("mxfp8", "2.9.0", (9, 0))
+
+
+@pytest.mark.parametrize("place", ["", "transformer_engine", "transformer_engine/wheel_lib"])
+def test_transformer_engine_counts_with_its_extension_for_pytorch_alone(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its extension lies beside the package (built from source) or in it (PyPI's wheel)."""
+    (tmp_path / "transformer_engine" / "wheel_lib").mkdir(parents=True)
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise RuntimeError('imported')")
+    info = tmp_path / "transformer_engine-2.9.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: transformer-engine\nVersion: 2.9.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert Installed.find().transformer_engine is None
+    (tmp_path / place / "transformer_engine_torch.cpython-311-x86_64-linux-gnu.so").touch()
+    assert Installed.find() == Installed("2.9.0", apex=False, wgrad_fusion=False)
+
+
+def test_context_parallelism_on_gpus_needs_transformer_engines_attention() -> None:
+    config = cuda(context_parallel_size=2)
+    assert choose(config, EVERYTHING).transformer_engine
+    with pytest.raises(UserError, match=r"learner\.context_parallel_size above 1 needs Transformer Engine"):
+        choose(config, NOTHING)
+    assert not choose(LearnerConfig(device="cpu", context_parallel_size=2), NOTHING).transformer_engine
+
+
+def test_fp8_is_refused_for_layers_that_it_cannot_do(architecture: Architecture) -> None:
+    with pytest.raises(UserError, match=r"fp8_bf16_layers=1 leaves no layer of m in fp8, which has 2"):
+        check_shapes(cuda(fp8="current", fp8_bf16_layers=1), architecture, "m")
+    with pytest.raises(UserError, match=r"fp8=current needs layer sizes that 16 divides; q_proj of m has 40"):
+        check_shapes(cuda(fp8="current"), architecture, "m")
+    check_shapes(cuda(), architecture, "m")
+    fitting = replace(
+        architecture, num_layers=4, hidden_size=256, ffn_hidden_size=512, num_attention_heads=4, num_query_groups=2, head_dim=64
+    )
+    for recipe in FP8_RECIPES:
+        check_shapes(cuda(fp8=recipe, fp8_bf16_layers=1), fitting, "m")
+    with pytest.raises(UserError, match="128 divides; k_proj of m has 64 on a rank"):
+        check_shapes(cuda(fp8="blockwise", tensor_model_parallel_size=2), fitting, "m")
 
 
 def test_weight_gradients_are_fused_for_full_training_with_apex_alone() -> None:

@@ -1,6 +1,6 @@
 """The other side of `trd bench learner`: on-policy self-distillation as one writes it with Hugging Face transformers and PEFT.
 
-Padded batches, gradient checkpointing, whole logits, the loss with autograd. Nothing here comes from this package's learner.
+Padded batches, gradient checkpointing, whole logits, the loss with autograd. Nothing is computed by this package's learner.
 """
 
 from pathlib import Path

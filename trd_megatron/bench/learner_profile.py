@@ -13,6 +13,14 @@ PARTS = ("teacher forward", "student forward", "KL", "backward", "optimizer", "d
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
 
 
+def is_product(operator: str) -> bool:
+    return operator in PRODUCTS
+
+
+def is_attention(operator: str) -> bool:
+    return "scaled_dot_product" in operator
+
+
 @dataclass(frozen=True)
 class Profile:
     """Seconds of one step: in all, of each part ("backward" includes the recomputed student forward), by operator without what it calls."""
@@ -24,12 +32,12 @@ class Profile:
     @property
     def products(self) -> float:
         """Seconds in matrix products."""
-        return sum(seconds for name, seconds in self.operators.items() if name in PRODUCTS)
+        return sum(seconds for name, seconds in self.operators.items() if is_product(name))
 
     @property
     def attention(self) -> float:
         """Seconds in attention's own kernels, forward and backward."""
-        return sum(seconds for name, seconds in self.operators.items() if "scaled_dot_product" in name)
+        return sum(seconds for name, seconds in self.operators.items() if is_attention(name))
 
     @property
     def share(self) -> float:

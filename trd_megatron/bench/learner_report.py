@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from trd_megatron.bench.learner_profile import Profile
+from trd_megatron.bench.learner_profile import Profile, is_attention, is_product
 
 MIB = 2**20
 NAMES = {"ours": "ours", "peer": "transformers + PEFT"}
@@ -94,15 +94,10 @@ def profile_table(model: str, found: Profile) -> Table:
     add("matrix products", found.products)
     add("attention", found.attention)
     add("both", found.products + found.attention, "bold")
-    others = [(name, seconds) for name, seconds in found.operators.items() if not is_counted(name)]
+    others = [(name, seconds) for name, seconds in found.operators.items() if not (is_product(name) or is_attention(name))]
     for name, seconds in others[:OPERATORS]:
         add(name, seconds, "dim")
     return grid
-
-
-def is_counted(operator: str) -> bool:
-    """Whether an operator is a matrix product or attention."""
-    return bool(Profile(1.0, {}, {operator: 1.0}).share)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -4,28 +4,25 @@ from pathlib import Path
 
 import torch
 
+from trd_megatron.learner.memory import peak_memory
+
+_CPU = torch.device("cpu")
+
 
 class HostMemory:
     """Growth of this process's resident set in bytes, by Linux's own high-water mark (some 100 KiB off, it counts per processor)."""
 
     def __init__(self) -> None:
-        """Raises OSError where the mark cannot be reset or read."""
+        """Raises OSError where the mark cannot be reset."""
         self.reset()
-        self._before = self._high_water_mark()
+        self._before = peak_memory(_CPU)
 
     def reset(self) -> None:
         """Forgets the peak so far: the mark goes down to what is resident now. What growth is counted from stays."""
         Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        return self._high_water_mark() - self._before
-
-    @staticmethod
-    def _high_water_mark() -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        raise OSError("/proc/self/status has no VmHWM")
+        return peak_memory(_CPU) - self._before
 
 
 class GPUMemory:

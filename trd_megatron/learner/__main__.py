@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
     except StoppedError as error:
         print(error, file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
-    except (UserError, NonFiniteError) as error:  # the same on every rank; the stage reads it from this file
+    except (UserError, NonFiniteError) as error:  # the stage reads it from this file
         write_json(folder / ERROR, {"kind": type(error).__name__, "message": str(error)})
         raise
 

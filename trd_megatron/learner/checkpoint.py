@@ -48,7 +48,7 @@ class _Handover:
         self._file.seek(0)
         try:
             return pickle.load(self._file)  # from our own child
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):
             raise queue.Empty from None  # the writer died; Megatron reports it
 
 

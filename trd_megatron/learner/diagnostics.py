@@ -14,7 +14,7 @@ from trd_megatron.learner.parallel import Parallel
 
 QUANTILES = {"kl_p50": 0.5, "kl_p95": 0.95, "kl_p99": 0.99, "kl_max": 1.0}
 _COUNTED = ("tokens", "loss", "kl", "student_nll", "teacher_nll", "epistemic", "clipped", "kl_passed", "tokens_passed", "kl_failed",
-            "tokens_failed", "sequence_tokens")  # fmt: skip
+            "tokens_failed")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class Sums:
     tokens_passed: float
     kl_failed: float
     tokens_failed: float
-    sequence_tokens: float  # of the student's sequences, prompts included
     per_token: Tensor  # [tokens] float32, before the clip, in no particular order
 
     def metrics(self) -> dict[str, Any]:
@@ -67,8 +66,7 @@ class Totals:
             torch.ones_like(kl), output.per_token, kl, -output.student_logprob, -output.teacher_logprob, output.teacher_set_mass,
             clipped, kl * passed, passed, kl * failed, failed,
         )  # fmt: skip
-        self._sums[:-1] += torch.stack([column.double().sum() for column in columns])
-        self._sums[-1] += len(batch.student.ids)
+        self._sums += torch.stack([column.double().sum() for column in columns])
         self._per_token.append(output.unclipped.float())
 
     def over_ranks(self) -> Sums:

@@ -58,7 +58,7 @@ class MegatronOptimizer:
     @property
     def name(self) -> str:
         """What does the work, for logs."""
-        return f"Megatron's distributed optimizer with {fused.adam_name(self.parallel.device, torch.float32)}"
+        return f"Megatron's distributed optimizer with {fused.adam_name(self._megatron.optimizer)}"
 
     def _own_shards(self) -> dict[int, tuple[slice, Tensor]]:
         """Parameter's index -> which part of it, flattened, this rank updates, and the float32 numbers that Adam works on."""

@@ -10,22 +10,21 @@ from megatron.core import optimizer as megatron
 from megatron.core.optimizer import clip_grads
 from torch import Tensor
 
-PACKAGES = {"transformer_engine": "Transformer Engine", "apex": "Apex"}
+_PACKAGES = {"transformer_engine": "Transformer Engine", "apex": "Apex"}
 
 
 def _package(device: torch.device, dtype: torch.dtype) -> str | None:
     """Whose kernels do the work; None: torch's own. Theirs know no CPU and no float64."""
     if device.type != "cuda" or dtype == torch.float64:
         return None
-    return PACKAGES.get(megatron.Adam.__module__.partition(".")[0])
+    return _PACKAGES.get(megatron.Adam.__module__.partition(".")[0])
 
 
-def adam_name(device: torch.device, dtype: torch.dtype) -> str:
-    """Which Adam updates parameters of this dtype there, for logs."""
-    package = _package(device, dtype)
-    if package:
-        return f"{package}'s FusedAdam"
-    return "torch's AdamW (fused)" if device.type == "cuda" else "torch's AdamW"
+def adam_name(adam: torch.optim.Optimizer) -> str:
+    """Which Adam this is, for logs."""
+    if isinstance(adam, torch.optim.AdamW):
+        return "PyTorch's AdamW (fused)" if adam.defaults["fused"] else "PyTorch's AdamW"
+    return f"{_PACKAGES[type(adam).__module__.partition('.')[0]]}'s {type(adam).__name__}"
 
 
 def adam(groups: list[dict[str, Any]], betas: tuple[float, float], device: torch.device, dtype: torch.dtype) -> torch.optim.Optimizer:

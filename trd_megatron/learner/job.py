@@ -66,6 +66,8 @@ def run_ranks(folder: Path, config: LearnerConfig) -> Iterator[dict[str, Any]]:
     environment |= {"PYTHONSAFEPATH": "1", processes.PARENT: str(os.getpid())}  # no modules from the folder the user stands in
     if config.device == "cpu":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    elif config.tensor_model_parallel_size > 1 and config.context_parallel_size == 1:
+        environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron: so that communication starts before the product beside it
     with (folder / LOG).open("a", encoding="utf-8") as log:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
         try:

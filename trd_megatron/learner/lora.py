@@ -51,13 +51,10 @@ class AdaptedLinear(torch.nn.Module):
         self.row_keys: torch.Tensor | None = None  # [T]; None: nothing is dropped
         self.dtype = torch.promote_types(next(base.parameters()).dtype, torch.float32)
         self.column = kind in ("linear_qkv", "linear_fc1")
-        a = model.architecture
-        attention, kv = a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim
-        outs = {"linear_qkv": (attention, kv, kv), "linear_proj": (a.hidden_size,), "linear_fc2": (a.hidden_size,)}
-        outs["linear_fc1"] = (a.ffn_hidden_size, a.ffn_hidden_size)
-        width = {"linear_proj": attention, "linear_fc2": a.ffn_hidden_size}.get(kind, a.hidden_size)
+        sizes = [model.architecture.projections()[name.split(".")[1]] for name in PROJECTIONS[kind]]  # (inputs, outputs)
+        width = sizes[0][0]
         tp = self.parallel.tp_size if self.column else 1
-        self.outs = [out // tp for out in outs[kind]]  # of every projection that the layer fuses, adapted or not
+        self.outs = [out // tp for _, out in sizes]  # of every projection that the layer fuses, adapted or not
         adapted = [i for i, name in enumerate(PROJECTIONS[kind]) if name.split(".")[1] in config.targets]
         self.slots = adapted
         self.names = [f"{prefix}.{PROJECTIONS[kind][i]}" for i in adapted]

@@ -144,7 +144,6 @@ class Model:
         self._load(folder)
         self.gpt.requires_grad_(trainable)
         self.gpt.to(parallel.device)
-        self.gpt.train()  # recomputation is a training feature; there is no dropout
 
     def _load(self, folder: Path) -> None:
         parameters = dict(self.gpt.named_parameters())
@@ -190,6 +189,8 @@ class Model:
             max_seqlen_q=packing.max_length,
             max_seqlen_kv=packing.max_length,
         )
+        # In evaluation nothing is recomputed: a forward without gradient would leave Transformer Engine's recomputation scales behind.
+        self.gpt.train(torch.is_grad_enabled())
         hidden = self.gpt.embedding(input_ids=packing.ids.unsqueeze(0), position_ids=packing.positions.unsqueeze(0))
         if torch.is_grad_enabled():
             hidden.requires_grad_()  # recomputation only runs backward through inputs that want a gradient

@@ -58,7 +58,7 @@ class Optimizer:
     @property
     def name(self) -> str:
         """What does the work, for logs."""
-        return fused.adam_name(self.parallel.device, self.dtype)
+        return "nothing to update on this rank" if self.adam is None else fused.adam_name(self.adam)
 
     @staticmethod
     def _master(parameter: torch.nn.Parameter) -> Tensor:

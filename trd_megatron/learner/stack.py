@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import metadata, util
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from packaging.version import Version
 
 from trd_megatron.config import LearnerConfig
+from trd_megatron.convert.architecture import Architecture
 from trd_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ class Recipe:
     megatron: str
     number_format: str
     token_multiple: int  # of the tokens that a linear layer sees on one rank
+    size_multiple: int  # of the inputs and outputs of a linear layer on one rank
     transformer_engine: str  # oldest version
     compute_capability: tuple[int, int]  # oldest GPU
 
@@ -46,10 +49,10 @@ class Recipe:
 
 
 FP8_RECIPES = {
-    "delayed": Recipe("delayed", "hybrid", 16, "2.1", (8, 9)),
-    "current": Recipe("tensorwise", "hybrid", 16, "2.2", (8, 9)),
-    "blockwise": Recipe("blockwise", "e4m3", 128, "2.3", (9, 0)),
-    "mxfp8": Recipe("mxfp8", "e4m3", 32, "2.1", (10, 0)),
+    "delayed": Recipe("delayed", "hybrid", 16, 16, "2.1", (8, 9)),
+    "current": Recipe("tensorwise", "hybrid", 16, 16, "2.2", (8, 9)),
+    "blockwise": Recipe("blockwise", "e4m3", 128, 128, "2.3", (9, 0)),
+    "mxfp8": Recipe("mxfp8", "e4m3", 32, 32, "2.1", (10, 0)),
 }
 
 
@@ -67,10 +70,18 @@ class Installed:
             version: str | None = metadata.version("transformer-engine")
         except metadata.PackageNotFoundError:
             version = None
-        # The metapackage alone is no Transformer Engine for PyTorch.
-        if version is not None and util.find_spec("transformer_engine_torch") is None:
+        if not _has_torch_extension():  # the package alone is no Transformer Engine for PyTorch
             version = None
         return Installed(version, util.find_spec("amp_C") is not None, util.find_spec("fused_weight_gradient_mlp_cuda") is not None)
+
+
+def _has_torch_extension() -> bool:
+    """Whether Transformer Engine's extension for PyTorch lies where Transformer Engine looks for it. Imports nothing."""
+    spec = util.find_spec("transformer_engine")
+    if spec is None or spec.origin is None:
+        return False
+    root = Path(spec.origin).parent
+    return any(True for folder in (root.parent, root, root / "wheel_lib") for _ in folder.glob("transformer_engine_torch*.so"))
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,8 @@ def choose(config: LearnerConfig, installed: Installed) -> Stack:
         raise UserError(f"learner.transformer_impl=transformer_engine, but Transformer Engine {found}: install it, or set it to auto")
     if not engine and config.fp8 != "none":
         raise UserError(f"learner.fp8={config.fp8}, but Transformer Engine {found}: install it, or set learner.fp8=none")
+    if cuda and not engine and config.context_parallel_size > 1:  # PyTorch's attention would hold every score of a piece at once
+        raise UserError("learner.context_parallel_size above 1 needs Transformer Engine's attention on cuda (bfloat16): set it to 1")
     recipe = FP8_RECIPES.get(config.fp8)
     if recipe is not None:
         assert version is not None
@@ -103,11 +116,34 @@ def choose(config: LearnerConfig, installed: Installed) -> Stack:
         chosen = f"learner.transformer_impl={config.transformer_impl}, learner.dtype={config.dtype}"
         why = chosen if usable else f"Transformer Engine {found}"
         notes.append(f"{why}: layers are Megatron's local ones, with PyTorch's rms_norm and scaled_dot_product_attention")
+    if cuda and version is None and not installed.apex:
+        notes.append("neither Transformer Engine nor Apex is installed: AdamW is PyTorch's")
     full = cuda and config.trainable == "full" and config.dtype != "float64"  # when Megatron's optimizer trains
     fusion = full and installed.wgrad_fusion  # Megatron asks for Apex's extension even where Transformer Engine does the work
     if full and not fusion:
         notes.append("Apex's fused_weight_gradient_mlp_cuda is not installed: weight gradients are added up in a step of their own")
     return Stack(engine, recipe if engine else None, fusion, tuple(notes))
+
+
+def check_shapes(config: LearnerConfig, architecture: Architecture, model: str) -> None:
+    """Raises UserError if the layers of `model` do not have the sizes that fp8 needs, or if none of them would be in fp8."""
+    if config.fp8 == "none":
+        return
+    if 2 * config.fp8_bf16_layers >= architecture.num_layers:
+        raise UserError(
+            f"learner.fp8_bf16_layers={config.fp8_bf16_layers} leaves no layer of {model} in fp8, which has {architecture.num_layers}: "
+            "lower it"
+        )
+    multiple = FP8_RECIPES[config.fp8].size_multiple
+    tp = config.tensor_model_parallel_size
+    for name, (inputs, outputs) in architecture.projections().items():
+        cut = (inputs, outputs // tp) if name not in ("o_proj", "down_proj") else (inputs // tp, outputs)
+        for size in cut:
+            if size % multiple:
+                raise UserError(
+                    f"learner.fp8={config.fp8} needs layer sizes that {multiple} divides; {name} of {model} has {size} on a rank: "
+                    "choose another recipe or learner.fp8=none"
+                )
 
 
 def token_multiple(config: LearnerConfig, parallel: Parallel) -> int:

@@ -232,7 +232,8 @@ def _train(
             seconds = time.monotonic() - begun
             achieved = trainer.model_flops(batch) / seconds / dist.get_world_size() / 1e12
             metrics |= {"model_tflops": achieved, "mfu": achieved / peak if peak else None}
-            metrics |= {"tokens_per_second": sums.sequence_tokens / seconds, "seconds": seconds}
+            tokens = sum(len(sample.student_prompt_ids) + sample.response_tokens for sample in batch)
+            metrics |= {"tokens_per_second": tokens / seconds, "seconds": seconds}
             if last or number % learner.eval_interval == 0:
                 metrics["held_out_kl"] = state["held_out_kl"][str(number)] = trainer.held_out_kl(fixed)
             state |= {"step": number, "tokens": state["tokens"] + sums.tokens}

@@ -146,7 +146,7 @@ class LearnerConfig:
     )
     fp8: str = opt(
         "none",
-        "Linear layers in fp8 (Transformer Engine), by this scaling recipe.",
+        "Linear layers in fp8 (Transformer Engine), by this scaling recipe. delayed forgets its scales when a run is resumed.",
         choices=("none", "delayed", "current", "blockwise", "mxfp8"),
     )
     fp8_bf16_layers: int = opt(0, "fp8: so many layers at each end of the model stay in bfloat16. Not with fp8=delayed.")

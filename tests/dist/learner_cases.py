@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 
 from trd_megatron.config import Config, LearnerConfig
 from trd_megatron.convert.adapter import merge
@@ -75,6 +76,24 @@ def poisoned(rank: int, case: Case, place: Layout) -> tuple[str, bool]:
         kept = all(torch.equal(a.nan_to_num(7), f.parameter.nan_to_num(7)) for a, f in zip(before, trainer.optimizer.trained, strict=True))
         return str(error), kept and all(factor.parameter.grad is None for factor in trainer.optimizer.trained)
     return "", False
+
+
+def recomputed(rank: int, case: Case) -> tuple[int, int]:
+    """How often a layer was set up for recomputation: in an update, in a measurement of the held-out KL."""
+    _, config, samples, student, teacher = case
+    trainer = Trainer(config, student, teacher, start(config.learner))
+    original, calls = tensor_parallel.checkpoint, 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return original(*args)
+
+    tensor_parallel.checkpoint = counted
+    trainer.update(samples[:4], 1e-3, 1)
+    in_update, calls = calls, 0
+    trainer.held_out_kl(samples[:4])
+    return in_update, calls
 
 
 def train_in(rank: int, case: Case, runs: list[tuple[Path, Layout]]) -> list[dict[str, Any]]:

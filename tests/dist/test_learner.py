@@ -156,6 +156,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_on_any_layout(trainable: str,
         assert [line["step"] for line in lines] == list(range(1, 9))
 
 
+def test_nothing_is_recomputed_where_there_is_no_gradient(tmp_path: Path) -> None:
+    """Neither of the teacher nor of the held-out batch: Transformer Engine would keep fp8 scales for a backward that never comes."""
+    case = loop_case(tmp_path, recompute="full")
+    [(in_update, in_measurement)] = run_ranks(1, cases.recomputed, case)
+    assert (in_update, in_measurement) == (2, 0)  # the student's two layers, one micro-batch
+
+
 def test_a_fully_trained_model_is_exported_as_it_was_trained(tmp_path: Path) -> None:
     """From two ranks: the fused and cut tensors come out whole, the vocabulary without its padding."""
     for name in ("llama3-rope", "qwen2", "qwen3"):  # tied, tied with biases, untied with norms of q and k

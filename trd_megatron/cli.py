@@ -371,7 +371,9 @@ def _print_keys() -> None:
     for key, field in leaves():
         default = field.default if field.default_factory is MISSING else field.default_factory()
         kind = field.type.__name__ if isinstance(field.type, type) and not get_args(field.type) else field.type
-        typer.echo(f"{key}: {kind} = {default}\n    {field.metadata['help']}")
+        choices = field.metadata["choices"]
+        values = f" ({' | '.join(choices)})" if choices else ""
+        typer.echo(f"{key}: {kind} = {default}{values}\n    {field.metadata['help']}")
 
 
 def main() -> None:
@@ -379,6 +381,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our bars show what takes long
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in what they start in the background
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop us with it: end as Ctrl-C does, saving what can be
     try:
         code = app(standalone_mode=False)  # returns what an Exit says, and 130 for Ctrl-C

@@ -415,7 +415,9 @@ def _check_precision(learner: LearnerConfig) -> None:
             "learner.transformer_impl=transformer_engine needs learner.device=cuda and learner.dtype=bfloat16: "
             "set learner.transformer_impl=auto"
         )
-    if learner.fp8 != "none" and (not engine or learner.transformer_impl == "local"):
+    if learner.fp8 != "none" and engine and learner.transformer_impl == "local":
+        raise UserError(f"learner.fp8={learner.fp8} needs Transformer Engine: set learner.transformer_impl=auto, or learner.fp8=none")
+    if learner.fp8 != "none" and not engine:
         raise UserError(
             f"learner.fp8={learner.fp8} needs learner.device=cuda, learner.dtype=bfloat16 and Transformer Engine: set learner.fp8=none"
         )
@@ -490,6 +492,8 @@ def check(config: Config) -> None:
         )
     if learner.kl_backend == "triton" and (learner.device == "cpu" or learner.dtype == "float64"):
         raise UserError("learner.kl_backend=triton needs learner.device=cuda and float32 or bfloat16: set learner.kl_backend=auto")
+    if learner.max_restarts < 0:
+        raise UserError(f"learner.max_restarts={learner.max_restarts}: must be 0 or above")
     _check_lora(learner.lora)
     _check_precision(learner)
     if learner.teacher_offload and (learner.device == "cpu" or (config.mode == "opsd" and learner.trainable == "lora")):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import torch
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -45,8 +46,8 @@ def _settings_line(config: Config, stage: str) -> str:
         "rollout": f"{config.rollout.samples_per_problem} per problem, up to {config.rollout.max_response_tokens} tokens",
         "refine": f"by {config.teacher.path or 'the student itself'}, up to {config.refine.max_response_tokens} tokens",
         "train": f"{config.method.name}, TP {learner.tensor_model_parallel_size} x CP {learner.context_parallel_size} x DP "
-        f"{learner.data_parallel_size}, "
-        f"{learner.dtype} on {learner.device}, {learner.global_batch_size} sequences a step",
+        f"{learner.data_parallel_size}{', sequence parallel' if learner.sequence_parallel else ''}, "
+        f"{learner.dtype} on {learner.device}, recompute {learner.recompute}, {learner.global_batch_size} sequences a step",
         "export/adapter": f"checkpoint {config.export.checkpoint}, as a PEFT adapter",
         "export/hf": f"checkpoint {config.export.checkpoint}, merged",
         "report": "report.html, report.json",
@@ -122,7 +123,9 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
     table.add_row(
         "memory of the engine", f"at most {gib(engine_bytes)}", f"weights and the cache of {engine.batch_size} sequences of full length"
     )
-    if config.learner.device == "cpu":
+    if learner.device == "cuda":
+        table.add_row("GPUs for the learner", f"{learner.ranks}", f"this machine has {torch.cuda.device_count()}")
+    else:
         table.add_row("memory of this machine", gib(psutil.virtual_memory().total), f"{gib(psutil.virtual_memory().available)} available")
     table.add_row(
         "disk for the run",

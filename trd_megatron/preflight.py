@@ -24,7 +24,7 @@ def check_devices(config: Config) -> None:
     if config.learner.device == "cuda" and gpus < ranks:
         raise UserError(
             f"learner.device=cuda with {ranks} ranks (learner.tensor_model_parallel_size x context_parallel_size x data_parallel_size), "
-            f"but this machine has {gpus} usable GPUs: choose learner=cpu, or fewer ranks"
+            f"but this machine has {gpus} usable GPUs: choose learner=cpu{', or fewer ranks' if gpus else ''}"
         )
 
 

@@ -69,10 +69,14 @@ def same(folder: Path, whole: Path) -> None:
     assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
 
 
+def launchers() -> list[psutil.Process]:
+    """torchrun, below this process."""
+    return [p for p in psutil.Process().children() if "trd_megatron.learner.torchrun" in p.cmdline()]
+
+
 def ranks() -> list[psutil.Process]:
     """The learner's rank processes below this one."""
-    launchers = [p for p in psutil.Process().children() if "trd_megatron.learner.torchrun" in p.cmdline()]
-    return [rank for launcher in launchers for rank in launcher.children()]  # without the writers that they fork
+    return [rank for launcher in launchers() for rank in launcher.children()]  # without the writers that they fork
 
 
 @pytest.mark.parametrize("background", [False, True])
@@ -92,8 +96,8 @@ def test_sigterm_saves_the_step_and_the_next_start_goes_on(job: Callable[..., Co
     config = job(tmp_path / "train", background=True)
     running = run_ranks(tmp_path / "train", config.learner)
     assert next(running)["step"] == 1
-    for rank in ranks()[:1]:  # one of two: the others stop with it
-        os.kill(rank.pid, signal.SIGTERM)
+    [launcher] = launchers()  # as a scheduler does; it passes the signal on
+    launcher.send_signal(signal.SIGTERM)
     with pytest.raises(Exception, match="exit code"):
         list(running)
     stopped_at = saved_steps(tmp_path / "train" / "checkpoints")[-1]

@@ -224,7 +224,7 @@ def _train(
             except NonFiniteError as error:
                 saver.finish()
                 _save_for_replay(folder, error, state, batch, rate, trainer, parallel)
-                raise
+                raise NonFiniteError(f"{error}; {folder / 'failed'} keeps the step for a replay") from None
             last = number == len(steps)
             metrics: dict[str, Any] = {"step": number, **sums.metrics(), "grad_norm": norm, "lr": rate}
             metrics |= {"response_tokens": sums.tokens, "samples": len(batch)}

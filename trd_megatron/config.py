@@ -427,6 +427,53 @@ def _check_precision(learner: LearnerConfig) -> None:
         raise UserError(f"learner.fp8_bf16_layers needs learner.fp8=current, blockwise or mxfp8, not {learner.fp8}")
 
 
+def _check_data(config: Config) -> None:
+    if config.data.source == "file" and config.data.path is None:
+        raise UserError("data.source=file needs data.path, a .parquet or .jsonl file")
+    if config.data.source == "arithmetic" and config.data.path is not None:
+        raise UserError("data.source=arithmetic makes its problems: leave data.path out, or set data.source=file")
+    if config.data.source == "arithmetic" and config.data.train_problems is None:
+        raise UserError("data.source=arithmetic makes as many problems as you ask for: set data.train_problems")
+    if config.data.test_problems < 0:
+        raise UserError("data.test_problems must be 0 or above")
+    if config.data.test_problems == 0 and "test" in config.evaluate.benchmarks:
+        raise UserError("evaluate.benchmarks has 'test', which needs data.test_problems above 0")
+    names = [benchmark_name(benchmark) for benchmark in config.evaluate.benchmarks]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"evaluate.benchmarks has two benchmarks named '{name}': rename one of the files")
+
+
+def _check_learner(config: Config) -> None:
+    learner = config.learner
+    if learner.sequence_parallel and learner.tensor_model_parallel_size == 1:
+        raise UserError("learner.sequence_parallel=true needs learner.tensor_model_parallel_size above 1")
+    trained = config.refine if config.method.trajectory == "refined" else config.rollout
+    prompt = max(config.refine.max_prompt_tokens, config.rollout.max_prompt_tokens)
+    longest = prompt + trained.max_response_tokens
+    if learner.max_tokens_per_micro_batch < longest:
+        raise UserError(
+            f"learner.max_tokens_per_micro_batch={learner.max_tokens_per_micro_batch} is below the longest sequence, "
+            f"the prompt budget plus {'refine' if trained is config.refine else 'rollout'}.max_response_tokens = {longest}"
+        )
+    if learner.kl_backend == "triton" and (learner.device == "cpu" or learner.dtype == "float64"):
+        raise UserError("learner.kl_backend=triton needs learner.device=cuda and float32 or bfloat16: set learner.kl_backend=auto")
+    if learner.max_restarts < 0:
+        raise UserError(f"learner.max_restarts={learner.max_restarts}: must be 0 or above")
+    _check_lora(learner.lora)
+    _check_precision(learner)
+    if learner.teacher_offload and (learner.device == "cpu" or (config.mode == "opsd" and learner.trainable == "lora")):
+        raise UserError(
+            "learner.teacher_offload=true needs learner.device=cuda and a teacher with weights of its own (mode=opd, or "
+            "learner.trainable=full): set it to false"
+        )
+    for key in ("learner.adam_beta1", "learner.adam_beta2"):
+        if get(config, key) == 1:
+            raise UserError(f"{key}=1: must be below 1")
+    if learner.weight_decay < 0:
+        raise UserError(f"learner.weight_decay={learner.weight_decay}: must be 0 or above")
+
+
 def check(config: Config) -> None:
     """Cross-checks. Raises UserError that names the key to change."""
     for key, f in leaves():
@@ -465,51 +512,12 @@ def check(config: Config) -> None:
         raise UserError("mode=opd needs a teacher: set teacher.path, or mode=opsd")
     if config.mode == "opsd" and config.teacher.path is not None:
         raise UserError("mode=opsd teaches with the student itself: set teacher.path=null, or mode=opd")
-    if config.data.source == "file" and config.data.path is None:
-        raise UserError("data.source=file needs data.path, a .parquet or .jsonl file")
-    if config.data.source == "arithmetic" and config.data.path is not None:
-        raise UserError("data.source=arithmetic makes its problems: leave data.path out, or set data.source=file")
-    if config.data.source == "arithmetic" and config.data.train_problems is None:
-        raise UserError("data.source=arithmetic makes as many problems as you ask for: set data.train_problems")
-    if config.data.test_problems < 0:
-        raise UserError("data.test_problems must be 0 or above")
-    if config.data.test_problems == 0 and "test" in config.evaluate.benchmarks:
-        raise UserError("evaluate.benchmarks has 'test', which needs data.test_problems above 0")
-    names = [benchmark_name(benchmark) for benchmark in config.evaluate.benchmarks]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"evaluate.benchmarks has two benchmarks named '{name}': rename one of the files")
-    learner = config.learner
-    if learner.sequence_parallel and learner.tensor_model_parallel_size == 1:
-        raise UserError("learner.sequence_parallel=true needs learner.tensor_model_parallel_size above 1")
-    trained = config.refine if config.method.trajectory == "refined" else config.rollout
-    prompt = max(config.refine.max_prompt_tokens, config.rollout.max_prompt_tokens)
-    longest = prompt + trained.max_response_tokens
-    if learner.max_tokens_per_micro_batch < longest:
-        raise UserError(
-            f"learner.max_tokens_per_micro_batch={learner.max_tokens_per_micro_batch} is below the longest sequence, "
-            f"the prompt budget plus {'refine' if trained is config.refine else 'rollout'}.max_response_tokens = {longest}"
-        )
-    if learner.kl_backend == "triton" and (learner.device == "cpu" or learner.dtype == "float64"):
-        raise UserError("learner.kl_backend=triton needs learner.device=cuda and float32 or bfloat16: set learner.kl_backend=auto")
-    if learner.max_restarts < 0:
-        raise UserError(f"learner.max_restarts={learner.max_restarts}: must be 0 or above")
-    _check_lora(learner.lora)
-    _check_precision(learner)
-    if learner.teacher_offload and (learner.device == "cpu" or (config.mode == "opsd" and learner.trainable == "lora")):
-        raise UserError(
-            "learner.teacher_offload=true needs learner.device=cuda and a teacher with weights of its own (mode=opd, or "
-            "learner.trainable=full): set it to false"
-        )
+    _check_data(config)
+    _check_learner(config)
     divergence = config.method.divergence
     if not 0 < divergence.beta < 1:
         raise UserError(f"method.divergence.beta={divergence.beta}: must lie between 0 and 1, both excluded")
     if divergence.kind == "jsd" and divergence.top_k is not None:
         raise UserError("method.divergence.kind=jsd needs method.divergence.top_k=null")
-    for key in ("learner.adam_beta1", "learner.adam_beta2"):
-        if get(config, key) == 1:
-            raise UserError(f"{key}=1: must be below 1")
-    if learner.weight_decay < 0:
-        raise UserError(f"learner.weight_decay={learner.weight_decay}: must be 0 or above")
     if config.export.checkpoint not in ("last", "best") and not config.export.checkpoint.isdigit():
         raise UserError(f"export.checkpoint={config.export.checkpoint}: must be last, best or a step number")

@@ -13,7 +13,7 @@ from rich.text import Text
 from trd_megatron import preflight
 from trd_megatron.builtin_models import resolve_model
 from trd_megatron.chat import Chat, coloured, sequence
-from trd_megatron.config import Config, LoraConfig, from_dict
+from trd_megatron.config import Config, from_dict
 from trd_megatron.convert.architecture import Architecture
 from trd_megatron.errors import UserError
 from trd_megatron.learner.checkpoint_files import saved_steps
@@ -76,7 +76,7 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
     tp = learner.tensor_model_parallel_size
     width = BYTES[learner.dtype]
     full = learner.trainable == "full"
-    trained = student.parameter_count() if full else adapter_parameters(student, learner.lora)
+    trained = student.parameter_count() if full else student.adapter_parameters(learner.lora.rank, learner.lora.targets)
     # Full training in OPSD keeps a frozen copy of the starting weights as the teacher.
     second = (config.teacher.path is not None or full) and not learner.teacher_offload
     ends = teacher.vocab_size * teacher.hidden_size * (1 if teacher.tied_embeddings else 2)  # these stay where they are used
@@ -86,7 +86,8 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
     state = 12 if width < 4 else 8 if width == 4 else 16
     sharers = learner.data_parallel_size * learner.context_parallel_size
     # Megatron's optimizer, for full training on GPUs, adds gradients up in float32.
-    trained_bytes = trained * ((4 if learner.device == "cuda" else width) if full else max(width, 4) * 2) + trained * state / sharers
+    gradient = max(width, 4) if learner.device == "cuda" else width
+    trained_bytes = trained * (gradient if full else max(width, 4) * 2) + trained * state / sharers
     learner_bytes = held * width / tp + trained_bytes / tp + 2 * learner.kl_chunk_tokens * student.padded_vocab_size(tp) / tp * 4
     generating = (config.rollout, config.refine, config.evaluate)
     longest = max(section.max_prompt_tokens + section.max_response_tokens for section in generating)
@@ -139,12 +140,6 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
             "free some, lower learner.keep_checkpoints, or choose another run_dir",
         )
     return table
-
-
-def adapter_parameters(architecture: Architecture, lora: LoraConfig) -> int:
-    """LoRA parameters on the targeted linears of every layer."""
-    projections = architecture.projections()
-    return architecture.num_layers * lora.rank * sum(sum(projections[name]) for name in lora.targets)
 
 
 def sample(config: Config) -> Text:

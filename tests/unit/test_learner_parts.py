@@ -21,7 +21,6 @@ from trd_megatron.convert.mapping import entries, expected_shapes, fuse_qkv, sha
 from trd_megatron.errors import UserError
 from trd_megatron.learner.checkpoint_files import best_step, prune, saved_steps, step_folder
 from trd_megatron.learner.packing import Cut, Sample, deal, micro_batches, pack
-from trd_megatron.planning import adapter_parameters
 from trd_megatron.stages.export import choose_step
 
 CPU = torch.device("cpu")
@@ -227,7 +226,7 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path) -> None:
 
 def test_adapter_size_is_what_training_makes() -> None:
     architecture = Architecture("qwen3", 2, 48, 96, 4, 2, 16, 259, 4096, 1e-6, 1e4, None, True, False, True)
-    assert adapter_parameters(architecture, LoraConfig(rank=4)) == 6528  # as the smoke experiment exports
+    assert architecture.adapter_parameters(4, LoraConfig().targets) == 6528  # as the smoke experiment exports
 
 
 def test_torn_metrics_lines_are_left_out(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The shape of a model, read from its Hugging Face config. Nothing is retyped by hand."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
@@ -108,6 +109,11 @@ class Architecture:
             "up_proj": (hidden, ffn),
             "down_proj": (ffn, hidden),
         }
+
+    def adapter_parameters(self, rank: int, targets: Sequence[str]) -> int:
+        """LoRA parameters on the targeted matrices (names of `projections`) of every layer."""
+        projections = self.projections()
+        return self.num_layers * rank * sum(sum(projections[name]) for name in targets)
 
     def parameter_count(self) -> int:
         """Parameters, embeddings included."""

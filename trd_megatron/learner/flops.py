@@ -71,9 +71,7 @@ def _forward_and_backward(architecture: Architecture, lora: LoraConfig | None) -
     weights = _linear_weights(architecture)
     if lora is None:
         return 6 * weights
-    projections = architecture.projections()
-    factors = architecture.num_layers * lora.rank * sum(sum(projections[name]) for name in lora.targets)
-    return 4 * weights + 6 * factors
+    return 4 * weights + 6 * architecture.adapter_parameters(lora.rank, lora.targets)
 
 
 def _attention(architecture: Architecture, length: int) -> int:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from trd_megatron.config import LoraConfig
-from trd_megatron.convert.architecture import Architecture
+from trd_megatron.convert.architecture import Architecture, Rope
 from trd_megatron.learner.flops import PEAKS, peak_tflops, training_flops
 from trd_megatron.learner.memory import peak_memory
 from trd_megatron.learner.packing import Sample
@@ -64,7 +64,7 @@ def test_model_flops_are_what_pytorch_counts(name: str, targets: list[str] | Non
 
 
 def test_long_sequences_are_quadratic() -> None:
-    architecture = Architecture("qwen3", 36, 4096, 12288, 32, 8, 128, 151_936, 40_960, 1e-6, 1e6, None, False, False, True)
+    architecture = Architecture("qwen3", 36, 4096, 12288, 32, 8, 128, 151_936, 40_960, 1e-6, Rope(1e6), False, False, True)
     tokens = 38_912
     [one, two] = [
         training_flops(architecture, architecture, LoraConfig(), [Sample("p", 0, [1], [1], [1] * n)]) for n in (tokens, 2 * tokens)

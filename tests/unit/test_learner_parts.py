@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests import tiny
 from trd_megatron.config import LearnerConfig, LoraConfig, load
 from trd_megatron.convert.adapter import merge, read_factors
-from trd_megatron.convert.architecture import Architecture
+from trd_megatron.convert.architecture import Architecture, Rope
 from trd_megatron.convert.mapping import entries, expected_shapes, fuse_qkv, shard
 from trd_megatron.errors import UserError
 from trd_megatron.learner.checkpoint_files import best_step, prune, saved_steps, step_folder
@@ -225,7 +225,7 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path) -> None:
 
 
 def test_adapter_size_is_what_training_makes() -> None:
-    architecture = Architecture("qwen3", 2, 48, 96, 4, 2, 16, 259, 4096, 1e-6, 1e4, None, True, False, True)
+    architecture = Architecture("qwen3", 2, 48, 96, 4, 2, 16, 259, 4096, 1e-6, Rope(1e4), True, False, True)
     assert architecture.adapter_parameters(4, LoraConfig().targets) == 6528  # as the smoke experiment exports
 
 

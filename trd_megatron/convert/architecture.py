@@ -4,11 +4,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trd_megatron.errors import UserError
 
-SUPPORTED = ("llama", "qwen2", "qwen3")
+SUPPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding as Megatron-Core computes it."""
+
+    theta: float
+    kind: Literal["default", "llama3", "yarn"] = "default"
+    factor: float = 1.0  # of the two scalings
+    # YaRN's; the attention factor follows from factor and mscales (Peng et al. 2023, https://arxiv.org/abs/2309.00071)
+    original_max_position_embeddings: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscales: tuple[float, float] | None = None  # (mscale, mscale_all_dim)
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The mixture of experts in place of every layer's MLP."""
+
+    count: int
+    per_token: int
+    ffn_hidden_size: int  # of one expert
+    normalized: bool  # the chosen experts' probabilities sum to 1
 
 
 @dataclass(frozen=True)
@@ -25,11 +50,11 @@ class Architecture:
     vocab_size: int
     max_position_embeddings: int
     norm_eps: float
-    rope_theta: float
-    rope_factor: float | None  # Llama 3's scaling; None: plain RoPE
+    rope: Rope
     tied_embeddings: bool
     qkv_bias: bool
     qk_norm: bool
+    experts: Experts | None = None
 
     @staticmethod
     def from_hf(folder: Path) -> "Architecture":
@@ -43,22 +68,14 @@ class Architecture:
         kind = config.model_type
         if kind not in SUPPORTED:
             raise UserError(f"{folder}: architecture '{kind}' is not supported; supported: {', '.join(SUPPORTED)}")
-        rope = config.rope_parameters
-        factor = None
-        if rope["rope_type"] == "llama3":
-            # Megatron-Core fixes the other three constants of this scaling.
-            fixed = (rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"])
-            if tuple(map(float, fixed)) != (1.0, 4.0, 8192.0):
-                raise UserError(f"{folder}: llama3 rope scaling with {fixed} is not supported, only (1, 4, 8192)")
-            factor = float(rope["factor"])
-        elif rope["rope_type"] != "default":
-            raise UserError(f"{folder}: rope scaling '{rope['rope_type']}' is not supported; supported: default, llama3")
         if config.hidden_act != "silu":
             raise UserError(f"{folder}: activation '{config.hidden_act}' is not supported, only silu")
         if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
             raise UserError(f"{folder}: attention_bias and mlp_bias are not supported")
         if getattr(config, "use_sliding_window", False):
             raise UserError(f"{folder}: use_sliding_window is not supported")
+        if getattr(config, "quantization_config", None) is not None:
+            raise UserError(f"{folder}: its weights are quantised; give the folder of the model in bfloat16 or float32")
         heads = config.num_attention_heads
         return Architecture(
             model_type=kind,
@@ -71,11 +88,11 @@ class Architecture:
             vocab_size=config.vocab_size,
             max_position_embeddings=config.max_position_embeddings,
             norm_eps=config.rms_norm_eps,
-            rope_theta=float(rope["rope_theta"]),
-            rope_factor=factor,
+            rope=_rope(config.rope_parameters, folder),
             tied_embeddings=config.tie_word_embeddings,
             qkv_bias=kind == "qwen2",
-            qk_norm=kind == "qwen3",
+            qk_norm=kind in ("qwen3", "qwen3_moe"),
+            experts=_experts(config, folder) if kind == "qwen3_moe" else None,
         )
 
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
@@ -84,7 +101,8 @@ class Architecture:
 
     def tensor_parallel_sizes(self) -> list[int]:
         """The tensor_model_parallel_size values that divide heads, key/value heads and the MLP."""
-        common = gcd(self.num_attention_heads, self.num_query_groups, self.ffn_hidden_size)
+        ffn = self.ffn_hidden_size if self.experts is None else self.experts.ffn_hidden_size
+        common = gcd(self.num_attention_heads, self.num_query_groups, ffn)
         return [size for size in range(1, common + 1) if common % size == 0]
 
     def check_tensor_parallel_size(self, size: int, model: str) -> None:
@@ -97,18 +115,13 @@ class Architecture:
             )
 
     def projections(self) -> dict[str, tuple[int, int]]:
-        """Name -> (inputs, outputs) of the matrices of one layer."""
+        """Name -> (inputs, outputs) of the matrices of one layer; experts' are left out."""
         hidden, ffn = self.hidden_size, self.ffn_hidden_size
         attention, kv = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
-        return {
-            "q_proj": (hidden, attention),
-            "k_proj": (hidden, kv),
-            "v_proj": (hidden, kv),
-            "o_proj": (attention, hidden),
-            "gate_proj": (hidden, ffn),
-            "up_proj": (hidden, ffn),
-            "down_proj": (ffn, hidden),
-        }
+        matrices = {"q_proj": (hidden, attention), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (attention, hidden)}
+        if self.experts is None:
+            matrices |= {"gate_proj": (hidden, ffn), "up_proj": (hidden, ffn), "down_proj": (ffn, hidden)}
+        return matrices
 
     def adapter_parameters(self, rank: int, targets: Sequence[str]) -> int:
         """LoRA parameters on the targeted matrices (names of `projections`) of every layer."""
@@ -118,5 +131,43 @@ class Architecture:
     def parameter_count(self) -> int:
         """Parameters, embeddings included."""
         layer = sum(inputs * outputs for inputs, outputs in self.projections().values()) + 2 * self.hidden_size
+        if self.experts is not None:
+            layer += self.experts.count * self.hidden_size * (3 * self.experts.ffn_hidden_size + 1)  # 1: the router's row
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
+
+
+def _rope(parameters: dict[str, Any], folder: Path) -> Rope:
+    kind = parameters["rope_type"]
+    theta, factor = float(parameters["rope_theta"]), float(parameters.get("factor") or 1.0)
+    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{folder}: partial_rotary_factor is not supported")
+    if kind == "default":
+        return Rope(theta)
+    if kind == "llama3":
+        # Megatron-Core fixes the other three constants of this scaling.
+        fixed = (parameters["low_freq_factor"], parameters["high_freq_factor"], parameters["original_max_position_embeddings"])
+        if tuple(map(float, fixed)) != (1.0, 4.0, 8192.0):
+            raise UserError(f"{folder}: llama3 rope scaling with {fixed} is not supported, only (1, 4, 8192)")
+        return Rope(theta, "llama3", factor)
+    if kind == "yarn":
+        if parameters.get("attention_factor") is not None or parameters.get("factor") is None:
+            raise UserError(f"{folder}: yarn rope scaling is supported with a factor and without an attention_factor of its own")
+        mscales = (parameters.get("mscale"), parameters.get("mscale_all_dim"))
+        return Rope(
+            theta,
+            "yarn",
+            factor,
+            original_max_position_embeddings=int(parameters["original_max_position_embeddings"]),
+            beta_fast=float(parameters.get("beta_fast") or 32),
+            beta_slow=float(parameters.get("beta_slow") or 1),
+            mscales=(float(mscales[0]), float(mscales[1])) if mscales[0] and mscales[1] else None,
+            truncate=parameters.get("truncate", True),
+        )
+    raise UserError(f"{folder}: rope scaling '{kind}' is not supported; supported: default, llama3, yarn")
+
+
+def _experts(config: Any, folder: Path) -> Experts:
+    if config.decoder_sparse_step != 1 or config.mlp_only_layers:
+        raise UserError(f"{folder}: layers without experts (decoder_sparse_step, mlp_only_layers) are not supported")
+    return Experts(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size, config.norm_topk_prob)

@@ -6,7 +6,10 @@ from typing import Literal
 
 import torch
 
-from trd_megatron.convert.architecture import Architecture
+from trd_megatron.convert.architecture import Architecture, Experts
+
+LAYERS = "decoder.layers."
+QKV = "self_attention.linear_qkv"
 
 Kind = Literal["replicated", "vocab", "qkv", "gate_up", "row"]
 
@@ -19,46 +22,81 @@ class Entry:
     gate_up (gate rows then up rows on each rank), row (columns: the input of a row-parallel layer).
     """
 
-    megatron: str
+    megatron: str  # name in a GPTModel of local layers
     hf: tuple[str, ...]
     kind: Kind
+    key: str  # name of the tensor in a distributed checkpoint: all layers (and experts) stacked
+    index: tuple[int, ...] = ()  # where in its leading dimensions: (), (layer,) or (layer, expert)
 
 
 def entries(architecture: Architecture) -> Iterator[Entry]:
     """Every parameter of the model, in Megatron's order."""
-    yield Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab")
+    embedding = "embedding.word_embeddings.weight"
+    yield Entry(embedding, ("model.embed_tokens.weight",), "vocab", embedding)
     for layer in range(architecture.num_layers):
-        ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        attention = f"{theirs}self_attn."
-        yield Entry(f"{ours}input_layernorm.weight", (f"{theirs}input_layernorm.weight",), "replicated")
-        yield Entry(f"{ours}self_attention.linear_proj.weight", (f"{attention}o_proj.weight",), "row")
-        yield Entry(f"{ours}self_attention.linear_qkv.weight", tuple(f"{attention}{x}_proj.weight" for x in "qkv"), "qkv")
-        if architecture.qkv_bias:
-            yield Entry(f"{ours}self_attention.linear_qkv.bias", tuple(f"{attention}{x}_proj.bias" for x in "qkv"), "qkv")
-        if architecture.qk_norm:
-            yield Entry(f"{ours}self_attention.q_layernorm.weight", (f"{attention}q_norm.weight",), "replicated")
-            yield Entry(f"{ours}self_attention.k_layernorm.weight", (f"{attention}k_norm.weight",), "replicated")
-        yield Entry(f"{ours}pre_mlp_layernorm.weight", (f"{theirs}post_attention_layernorm.weight",), "replicated")
-        yield Entry(f"{ours}mlp.linear_fc1.weight", (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"), "gate_up")
-        yield Entry(f"{ours}mlp.linear_fc2.weight", (f"{theirs}mlp.down_proj.weight",), "row")
-    yield Entry("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated")
+        yield from _attention(architecture, layer)
+        yield from _mlp(layer) if architecture.experts is None else _experts(architecture.experts, layer)
+    norm, output = "decoder.final_layernorm.weight", "output_layer.weight"
+    yield Entry(norm, ("model.norm.weight",), "replicated", norm)
     if not architecture.tied_embeddings:
-        yield Entry("output_layer.weight", ("lm_head.weight",), "vocab")
+        yield Entry(output, ("lm_head.weight",), "vocab", output)
+
+
+def _attention(architecture: Architecture, layer: int) -> Iterator[Entry]:
+    theirs = f"model.layers.{layer}."
+    attention = f"{theirs}self_attn."
+    yield _of_layer(layer, "input_layernorm.weight", (f"{theirs}input_layernorm.weight",), "replicated", f"{QKV}.layer_norm_weight")
+    yield _of_layer(layer, "self_attention.linear_proj.weight", (f"{attention}o_proj.weight",), "row")
+    yield _of_layer(layer, f"{QKV}.weight", tuple(f"{attention}{x}_proj.weight" for x in "qkv"), "qkv")
+    if architecture.qkv_bias:
+        yield _of_layer(layer, f"{QKV}.bias", tuple(f"{attention}{x}_proj.bias" for x in "qkv"), "qkv")
+    if architecture.qk_norm:
+        yield _of_layer(layer, "self_attention.q_layernorm.weight", (f"{attention}q_norm.weight",), "replicated")
+        yield _of_layer(layer, "self_attention.k_layernorm.weight", (f"{attention}k_norm.weight",), "replicated")
+
+
+def _mlp(layer: int) -> Iterator[Entry]:
+    theirs = f"model.layers.{layer}."
+    norm, mlp = f"{theirs}post_attention_layernorm.weight", f"{theirs}mlp."
+    yield _of_layer(layer, "pre_mlp_layernorm.weight", (norm,), "replicated", "mlp.linear_fc1.layer_norm_weight")
+    yield _of_layer(layer, "mlp.linear_fc1.weight", (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"), "gate_up")
+    yield _of_layer(layer, "mlp.linear_fc2.weight", (f"{mlp}down_proj.weight",), "row")
+
+
+def _experts(experts: Experts, layer: int) -> Iterator[Entry]:
+    theirs = f"model.layers.{layer}."
+    # Not fused with a linear layer that follows, so it has a name of its own in checkpoints too.
+    yield _of_layer(layer, "pre_mlp_layernorm.weight", (f"{theirs}post_attention_layernorm.weight",), "replicated")
+    yield _of_layer(layer, "mlp.router.weight", (f"{theirs}mlp.gate.weight",), "replicated")
+    for expert in range(experts.count):
+        ours, mlp = f"decoder.layers.{layer}.mlp.experts.local_experts.{expert}.", f"{theirs}mlp.experts.{expert}."
+        stacked, index = f"{LAYERS}mlp.experts.experts.", (layer, expert)
+        gate_up = (f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight")
+        yield Entry(f"{ours}linear_fc1.weight", gate_up, "gate_up", f"{stacked}linear_fc1.weight", index)
+        yield Entry(f"{ours}linear_fc2.weight", (f"{mlp}down_proj.weight",), "row", f"{stacked}linear_fc2.weight", index)
+
+
+def _of_layer(layer: int, name: str, hf: tuple[str, ...], kind: Kind, stacked: str | None = None) -> Entry:
+    """stacked: the name in checkpoints, where a norm is part of the linear layer that follows, as in Transformer Engine's."""
+    return Entry(f"{LAYERS}{layer}.{name}", hf, kind, f"{LAYERS}{stacked or name}", (layer,))
 
 
 def expected_shapes(entry: Entry, architecture: Architecture) -> list[tuple[int, ...]]:
     """Shapes of entry.hf, in order."""
     a, tail = architecture, entry.megatron.rsplit(".", 2)[-2:]
+    ffn = a.experts.ffn_hidden_size if a.experts is not None else a.ffn_hidden_size
     if entry.kind == "vocab":
         return [(a.vocab_size, a.hidden_size)]
     if entry.kind == "qkv":
         rows = [a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim, a.num_query_groups * a.head_dim]
         return [(r,) if tail[1] == "bias" else (r, a.hidden_size) for r in rows]
     if entry.kind == "gate_up":
-        return [(a.ffn_hidden_size, a.hidden_size)] * 2
+        return [(ffn, a.hidden_size)] * 2
     if entry.kind == "row":
-        inputs = a.ffn_hidden_size if tail[0] == "linear_fc2" else a.num_attention_heads * a.head_dim
-        return [(a.hidden_size, inputs)]
+        return [(a.hidden_size, ffn if tail[0] == "linear_fc2" else a.num_attention_heads * a.head_dim)]
+    if tail[0] == "router":
+        assert a.experts is not None
+        return [(a.experts.count, a.hidden_size)]
     return [(a.head_dim if tail[0] in ("q_layernorm", "k_layernorm") else a.hidden_size,)]
 
 

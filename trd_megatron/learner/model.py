@@ -137,9 +137,9 @@ class Model:
             max_sequence_length=a.max_position_embeddings,
             share_embeddings_and_output_weights=a.tied_embeddings,
             position_embedding_type="rope",
-            rotary_base=a.rope_theta,
-            rope_scaling=a.rope_factor is not None,
-            rope_scaling_factor=a.rope_factor or 1.0,
+            rotary_base=a.rope.theta,
+            rope_scaling=a.rope.kind == "llama3",
+            rope_scaling_factor=a.rope.factor,
         )
         self._load(folder)
         self.gpt.requires_grad_(trainable)

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trd_megatron import __version__
+from trd_megatron.convert.commands import app as convert
 from trd_megatron.errors import UserError
 from trd_megatron.progress import console, output
 
@@ -181,6 +182,7 @@ class _SpacedValues(typer.core.TyperCommand):
         return super().parse_args(ctx, words)
 
 
+app.add_typer(convert, name="convert")
 bench = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich",
     help="Measure this machine: the loss against other ways to compute it, the learner against a Hugging Face + PEFT loop, "
@@ -386,12 +388,12 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)  # returns what an Exit says, and 130 for Ctrl-C
         if code == 130:
-            _fail("interrupted; the same command goes on where it stopped", 130)
+            _interrupted()
         sys.exit(code)
     except UserError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on where it stopped", 130)
+        _interrupted()
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error; typer brings click along under a private name
             if not error.format_message():  # nothing was asked, the help is printed
@@ -402,6 +404,11 @@ def main() -> None:
         if isinstance(error, LearnerFailedError | OSError):
             _fail(f"{type(error).__name__}: {error}", 1)
         raise
+
+
+def _interrupted() -> None:
+    converting = sys.argv[1:2] == ["convert"]
+    _fail(f"interrupted; {'nothing was written' if converting else 'the same command goes on where it stopped'}", 130)
 
 
 def _fail(message: str, code: int) -> None:

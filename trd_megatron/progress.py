@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -53,3 +53,19 @@ def bar(description: str, total: int, unit: str, start: int = 0) -> Iterator[Bar
     )  # fmt: skip
     with Progress(*columns, console=console) as progress:
         yield Bar(progress, description, total, unit, start)
+
+
+@contextlib.contextmanager
+def byte_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar in MB (kB where there are few); what it yields is told the bytes that are done."""
+    scale, unit = (1_000_000, "MB") if total >= 10_000_000 else (1000, "kB")
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        shown = done // scale
+        done += count
+        shown_bar.advance(done // scale - shown)
+
+    with bar(description, total // scale, unit) as shown_bar:
+        yield advance

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 
+from tests.checkpoints import merge
 from trd_megatron.config import Config, LearnerConfig
-from trd_megatron.convert.adapter import merge
 from trd_megatron.learner import checkpoint, cpu
 from trd_megatron.learner.checkpoint_files import saved_steps
 from trd_megatron.learner.distributed_optimizer import AnyOptimizer
@@ -146,7 +146,7 @@ def student_against_merged(rank: int, config: Config, folder: Path, ids: list[li
         torch.distributed.all_gather(parts, whole, group=trainer.parallel.tp_group)
         factors[factor.names[0]] = whole if factor.shard_dim is None else torch.cat(parts, dim=factor.shard_dim)
     if rank == 0:
-        merge(folder, factors, config.learner.lora.alpha / config.learner.lora.rank, out / "merged")
+        merge(folder, factors, config.learner.lora.alpha, out / "merged")
         torch.save(factors, out / "factors.pt")
     return _logits(trainer.student, trainer.parallel, ids)
 

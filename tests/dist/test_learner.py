@@ -17,8 +17,9 @@ from tests.dist.ranks import run_ranks
 from trd_megatron import pipeline
 from trd_megatron.builtin_models import resolve_model
 from trd_megatron.config import Config, load
-from trd_megatron.convert.adapter import write_peft
-from trd_megatron.convert.parameters import read_tensors, write_parameters
+from tests.checkpoints import read_tensors
+from trd_megatron.convert import huggingface, peft
+from trd_megatron.convert.megatron import Megatron
 from trd_megatron.learner.checkpoint_files import saved_steps, step_folder
 from trd_megatron.learner.packing import Sample
 from trd_megatron.run_dir import RunDir
@@ -70,7 +71,7 @@ def test_merged_and_peft_logits_equal_the_students(ranks: int, place: cases.Layo
     ours = run_ranks(ranks, cases.student_against_merged, CONFIG, folder, ids, tmp_path, place)[0]
     base = merged_logits(folder, ids)
     lora = CONFIG.learner.lora
-    write_peft(torch.load(tmp_path / "factors.pt"), lora.rank, lora.alpha, str(folder), tmp_path / "adapter")
+    peft.write(torch.load(tmp_path / "factors.pt"), lora.rank, lora.alpha, str(folder), tmp_path / "adapter")
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "adapter")
     for mine, merged, plain, one in zip(ours, merged_logits(tmp_path / "merged", ids), base, ids, strict=True):
         torch.testing.assert_close(mine, merged, rtol=0, atol=1e-4)
@@ -144,7 +145,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_on_any_layout(trainable: str,
         again = json.loads((folder / "summary.json").read_text())
         assert again["kl_fixed_batch_before"] == whole["kl_fixed_batch_before"]
         close(again["kl_fixed_batch_after"], whole["kl_fixed_batch_after"])
-        first, second = (read_tensors(step_folder(f / "checkpoints", 8), bool) for f in (tmp_path / "whole", folder))
+        first, second = (read_tensors(step_folder(f / "checkpoints", 8)) for f in (tmp_path / "whole", folder))
         assert first.keys() == second.keys()
         assert any(key.startswith("exp_avg_sq.") for key in first)
         for key, tensor in first.items():
@@ -171,7 +172,7 @@ def test_a_fully_trained_model_is_exported_as_it_was_trained(tmp_path: Path) -> 
         folder = tmp_path / name / "train"
         folder.mkdir()
         trained = run_ranks(2, cases.train_and_score, case, folder, PAIRS[1])[0]
-        write_parameters(base, step_folder(folder / "checkpoints", saved_steps(folder / "checkpoints")[-1]), tmp_path / name / "hf")
+        huggingface.write(Megatron(step_folder(folder / "checkpoints", saved_steps(folder / "checkpoints")[-1]), base), tmp_path / name / "hf", dtype=None)
         ids = [s.student_prompt_ids + s.response_ids for s in case[2]]
         for mine, exported, plain in zip(trained, merged_logits(tmp_path / name / "hf", ids), merged_logits(base, ids), strict=True):
             torch.testing.assert_close(mine, exported, rtol=0, atol=1e-4)
@@ -198,4 +199,4 @@ def test_what_a_failed_step_needs_for_a_replay_is_kept(tmp_path: Path) -> None:
     named = [f"{sample['problem_id']}/{sample['sample_index']}" for sample in failed["samples"]]
     assert ", ".join(named) in failed["error"]
     assert Sample(**failed["samples"][0]) in samples
-    assert any(name.startswith("exp_avg.") for name in read_tensors(step_folder(folder / "failed", before), bool))
+    assert any(name.startswith("exp_avg.") for name in read_tensors(step_folder(folder / "failed", before)))

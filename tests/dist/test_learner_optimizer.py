@@ -13,7 +13,7 @@ from tests import tiny
 from tests.dist import learner_cases, optimizer_cases as cases
 from tests.dist.ranks import run_ranks
 from tests.dist.test_learner_oracle import config_of, random_samples
-from trd_megatron.convert.parameters import read_tensors
+from tests.checkpoints import read_tensors
 from trd_megatron.learner.checkpoint_files import saved_steps, step_folder
 
 Place = learner_cases.Layout
@@ -66,7 +66,7 @@ def test_checkpoints_go_on_under_the_other_optimizer_and_any_layout(dtype: str, 
     run_ranks(1, cases.save_after, [(case, ONE, False, 2, ours)])
     resumed = [(case, two, True, theirs), (case, (2, True, 1), True, theirs), (case, two, True, ours)]
     whole, again, *others = run_ranks(2, cases.save_and_go_on, [(case, two, True, 2, theirs)], [(case, two, True)], resumed)[0]
-    first, second = (read_tensors(step_folder(folder, 2), bool) for folder in (ours, theirs))
+    first, second = (read_tensors(step_folder(folder, 2)) for folder in (ours, theirs))
     assert first.keys() == second.keys()
     assert any(name.startswith("exp_avg_sq.") for name in first)
     assert any(name.startswith("master.") for name in first) == (dtype == "bfloat16")
@@ -93,7 +93,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(lora: learner_cases.Case
         assert main["after"] == other["after"] == [1]
         assert main["published"] == [{"step": 1, "held_out_kl": {"0": 1.0}}]  # as it was when it was saved
         assert other["published"] == []
-        stored = read_tensors(step_folder(folder, 1), bool)
+        stored = read_tensors(step_folder(folder, 1))
         for name, tensor in main["saved"].items():
             assert torch.equal(stored[name], tensor), name
 
@@ -108,7 +108,7 @@ def test_checkpoints_written_in_the_background_are_the_same(lora: learner_cases.
     folders = [tmp_path / name / "checkpoints" for name in ("sync", "async")]
     assert saved_steps(folders[0]) == saved_steps(folders[1])
     for step in saved_steps(folders[0]):
-        one, other = (read_tensors(step_folder(folder, step), bool) for folder in folders)
+        one, other = (read_tensors(step_folder(folder, step)) for folder in folders)
         assert one.keys() == other.keys()
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     first, second = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("sync", "async"))

@@ -15,7 +15,7 @@ import torch
 
 from tests import tiny
 from trd_megatron.config import Config, load, to_dict
-from trd_megatron.convert.parameters import read_tensors
+from tests.checkpoints import read_tensors
 from trd_megatron.learner.checkpoint_files import saved_steps, step_folder
 from trd_megatron.learner.job import SAMPLES, Job, run_ranks
 from trd_megatron.learner.packing import Sample
@@ -62,7 +62,7 @@ def whole(job: Callable[..., Config], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def same(folder: Path, whole: Path) -> None:
-    one, other = (read_tensors(step_folder(path / "checkpoints", STEPS), bool) for path in (folder, whole))
+    one, other = (read_tensors(step_folder(path / "checkpoints", STEPS)) for path in (folder, whole))
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name

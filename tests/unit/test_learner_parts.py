@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests import tiny
+from tests.checkpoints import merge
 from trd_megatron.config import LearnerConfig, LoraConfig, load
-from trd_megatron.convert.adapter import merge, read_factors
 from trd_megatron.convert.architecture import Architecture, Rope
 from trd_megatron.convert.mapping import entries, expected_shapes, fuse_qkv, shard
+from trd_megatron.convert.peft import read_factors
 from trd_megatron.errors import UserError
 from trd_megatron.learner.checkpoint_files import best_step, prune, saved_steps, step_folder
 from trd_megatron.learner.packing import Cut, Sample, deal, micro_batches, pack
@@ -190,13 +191,13 @@ def test_merging_adds_scaled_products_and_checks_first(tmp_path: Path) -> None:
     base = tiny.make("qwen3", tmp_path / "base")
     name = "model.layers.1.mlp.down_proj"
     a, b = torch.randn(3, 72), torch.randn(40, 3)
-    merge(base, {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, 0.5, tmp_path / "out")
+    merge(base, {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, 1.5, tmp_path / "out")
     before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     torch.testing.assert_close(after[f"{name}.weight"], before[f"{name}.weight"] + 0.5 * b @ a)
     assert [key for key in before if not torch.equal(before[key], after[key])] == [f"{name}.weight"]
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     with pytest.raises(UserError, match="does not fit"):
-        merge(base, {f"{name}.lora_A.weight": b.T, f"{name}.lora_B.weight": a.T}, 0.5, tmp_path / "never")
+        merge(base, {f"{name}.lora_A.weight": b.T, f"{name}.lora_B.weight": a.T}, 1.5, tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
 

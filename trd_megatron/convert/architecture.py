@@ -11,6 +11,10 @@ from trd_megatron.errors import UserError
 SUPPORTED = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 
+class UnsupportedError(UserError):
+    """A model that is not one of SUPPORTED."""
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary position embedding as Megatron-Core computes it."""
@@ -67,7 +71,7 @@ class Architecture:
             raise UserError(f"{folder}/config.json cannot be used: {str(error).splitlines()[0]}") from None
         kind = config.model_type
         if kind not in SUPPORTED:
-            raise UserError(f"{folder}: architecture '{kind}' is not supported; supported: {', '.join(SUPPORTED)}")
+            raise UnsupportedError(f"{folder}: architecture '{kind}' is not supported; supported: {', '.join(SUPPORTED)}")
         if config.hidden_act != "silu":
             raise UserError(f"{folder}: activation '{config.hidden_act}' is not supported, only silu")
         if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
@@ -95,23 +99,27 @@ class Architecture:
             experts=_experts(config, folder) if kind == "qwen3_moe" else None,
         )
 
+    @property
+    def mlp_size(self) -> int:
+        """Columns of one MLP: of the layer's or of an expert's."""
+        return self.ffn_hidden_size if self.experts is None else self.experts.ffn_hidden_size
+
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """Vocabulary rounded up so that every rank holds the same number of rows."""
         return -(-self.vocab_size // tensor_model_parallel_size) * tensor_model_parallel_size
 
     def tensor_parallel_sizes(self) -> list[int]:
         """The tensor_model_parallel_size values that divide heads, key/value heads and the MLP."""
-        ffn = self.ffn_hidden_size if self.experts is None else self.experts.ffn_hidden_size
-        common = gcd(self.num_attention_heads, self.num_query_groups, ffn)
+        common = gcd(self.num_attention_heads, self.num_query_groups, self.mlp_size)
         return [size for size in range(1, common + 1) if common % size == 0]
 
-    def check_tensor_parallel_size(self, size: int, model: str) -> None:
-        """Raises UserError that says which sizes work."""
+    def check_tensor_parallel_size(self, size: int, model: str, setting: str = "learner.tensor_model_parallel_size=") -> None:
+        """Raises UserError that names the setting and says which sizes work."""
         if size not in self.tensor_parallel_sizes():
             works = ", ".join(map(str, self.tensor_parallel_sizes()))
             raise UserError(
-                f"learner.tensor_model_parallel_size={size} does not divide the {model}'s {self.num_attention_heads} heads, "
-                f"{self.num_query_groups} key/value heads and {self.ffn_hidden_size} MLP columns; sizes that work: {works}"
+                f"{setting}{size} does not divide the {model}'s {self.num_attention_heads} heads, "
+                f"{self.num_query_groups} key/value heads and {self.mlp_size} MLP columns; sizes that work: {works}"
             )
 
     def projections(self) -> dict[str, tuple[int, int]]:

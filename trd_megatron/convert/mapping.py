@@ -84,20 +84,25 @@ def _of_layer(layer: int, name: str, hf: tuple[str, ...], kind: Kind, stacked: s
 def expected_shapes(entry: Entry, architecture: Architecture) -> list[tuple[int, ...]]:
     """Shapes of entry.hf, in order."""
     a, tail = architecture, entry.megatron.rsplit(".", 2)[-2:]
-    ffn = a.experts.ffn_hidden_size if a.experts is not None else a.ffn_hidden_size
     if entry.kind == "vocab":
         return [(a.vocab_size, a.hidden_size)]
     if entry.kind == "qkv":
         rows = [a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim, a.num_query_groups * a.head_dim]
         return [(r,) if tail[1] == "bias" else (r, a.hidden_size) for r in rows]
     if entry.kind == "gate_up":
-        return [(ffn, a.hidden_size)] * 2
+        return [(a.mlp_size, a.hidden_size)] * 2
     if entry.kind == "row":
-        return [(a.hidden_size, ffn if tail[0] == "linear_fc2" else a.num_attention_heads * a.head_dim)]
+        return [(a.hidden_size, a.mlp_size if tail[0] == "linear_fc2" else a.num_attention_heads * a.head_dim)]
     if tail[0] == "router":
         assert a.experts is not None
         return [(a.experts.count, a.hidden_size)]
     return [(a.head_dim if tail[0] in ("q_layernorm", "k_layernorm") else a.hidden_size,)]
+
+
+def megatron_shape(entry: Entry, architecture: Architecture) -> tuple[int, ...]:
+    """Shape of the whole Megatron tensor, over all ranks and without padding of the vocabulary."""
+    shapes = expected_shapes(entry, architecture)
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def fuse_qkv(qkv: Sequence[torch.Tensor], groups: int) -> torch.Tensor:

@@ -21,7 +21,8 @@ def saved_steps(checkpoints: Path) -> list[int]:
 
 
 def read_state(checkpoints: Path, step: int) -> dict[str, Any]:
-    """Loop state of a checkpoint: step, kl_before, held_out_kl (by step), tokens, seconds, files (bytes by name).
+    """Loop state of a checkpoint: step, kl_before, held_out_kl (by step), tokens, seconds, lora (rank, alpha, base;
+    None: every parameter was trained), files (bytes by name).
 
     Raises UserError if it is damaged.
     """

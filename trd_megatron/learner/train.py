@@ -212,6 +212,8 @@ def _train(
     else:
         kl = trainer.held_out_kl(fixed)
         state = {"step": 0, "kl_before": kl, "held_out_kl": {"0": kl}, "tokens": 0, "seconds": 0.0}
+    lora = {"rank": learner.lora.rank, "alpha": learner.lora.alpha, "base": config.model.path}
+    state["lora"] = lora if learner.trainable == "lora" else None
     earlier_seconds = state["seconds"]
     stop, peak = _StopSignal(parallel), _peak(config, parallel)
     with Log(folder, done, config, active=parallel.is_main) as log:

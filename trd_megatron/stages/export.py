@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from trd_megatron import progress
 from trd_megatron.builtin_models import resolve_model
 from trd_megatron.config import Config
-from trd_megatron.convert import adapter
-from trd_megatron.convert.parameters import write_parameters
+from trd_megatron.convert import huggingface, peft
+from trd_megatron.convert.huggingface import HuggingFace
+from trd_megatron.convert.mapping import entries
+from trd_megatron.convert.megatron import Megatron
+from trd_megatron.convert.merge_lora import Merged
+from trd_megatron.convert.source import Source
 from trd_megatron.errors import UserError
 from trd_megatron.learner import checkpoint_files as checkpoints
 from trd_megatron.run_dir import RunDir
@@ -31,26 +34,30 @@ def choose_step(folder: Path, wanted: str) -> int:
     return int(wanted)
 
 
-def _factors(config: Config, run_dir: RunDir) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(the chosen step's LoRA factors, figures for the manifest)"""
+def _chosen(config: Config, run_dir: RunDir) -> tuple[Path, int]:
+    """The folder of the checkpoint to export, and its step."""
     step = choose_step(run_dir.checkpoints, config.export.checkpoint)
-    factors = adapter.read_factors(checkpoints.step_folder(run_dir.checkpoints, step))
-    return factors, {"step": step, "adapter_parameters": sum(t.numel() for t in factors.values())}
+    return checkpoints.step_folder(run_dir.checkpoints, step), step
 
 
 def run_adapter(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
-    factors, figures = _factors(config, run_dir)
-    lora = config.learner.lora
-    adapter.write_peft(factors, lora.rank, lora.alpha, config.model.path, folder)
-    return figures
+    checkpoint, step = _chosen(config, run_dir)
+    adapter = peft.read_checkpoint(checkpoint)
+    peft.write(adapter.factors, adapter.rank, adapter.alpha, config.model.path, folder)
+    return {"step": step, "adapter_parameters": adapter.parameters}
 
 
 def run_hf(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
+    checkpoint, step = _chosen(config, run_dir)
+    base = HuggingFace(resolve_model(config.model.path))
+    figures: dict[str, Any] = {"step": step}
     if config.learner.trainable == "full":
-        step = choose_step(run_dir.checkpoints, config.export.checkpoint)
-        write_parameters(resolve_model(config.model.path), checkpoints.step_folder(run_dir.checkpoints, step), folder)
-        return {"step": step}
-    factors, figures = _factors(config, run_dir)
-    lora = config.learner.lora
-    adapter.merge(resolve_model(config.model.path), factors, lora.alpha / lora.rank, folder)
+        source: Source = Megatron(checkpoint, base.path)
+        dtype = base.dtype(next(entries(base.architecture)))
+    else:
+        adapter = peft.read_checkpoint(checkpoint)
+        source, dtype = Merged(base, adapter), None
+        figures["adapter_parameters"] = adapter.parameters
+    with progress.byte_bar("writing", huggingface.nbytes(source, dtype)) as advance:
+        huggingface.write(source, folder, dtype=dtype, advance=advance)
     return figures

@@ -1,0 +1,263 @@
+"""Model folders in Hugging Face layout: read a tensor at a time, written in shards of safetensors with an index."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from trd_megatron.convert.architecture import Architecture
+from trd_megatron.convert.mapping import Entry, entries, expected_shapes
+from trd_megatron.convert.source import Source
+from trd_megatron.errors import UserError
+
+SHARD_BYTES = 2_000_000_000
+INDEX = "model.safetensors.index.json"
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
+_NOT_COPIED = ("manifest.json", "conversion.json")  # of the folder they come from; and indices of its weights
+
+
+class _Shard(Protocol):
+    """One open file of weights."""
+
+    def names(self) -> Iterable[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> str: ...
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+class _Safetensors:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # pread: mapped pages of the whole file would count as this process's memory.
+            self._file: Any = safe_open(path, framework="pt", backend="pread")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error}): copy it again") from None
+
+    def names(self) -> Iterable[str]:
+        return self._file.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        stored = self._file.get_slice(name).get_dtype()
+        return _DTYPES.get(stored, stored)
+
+    def read(self, name: str) -> torch.Tensor:
+        try:
+            return self._file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.path}: {name} cannot be read ({error})") from None
+
+
+class _Pickle:
+    """A pytorch_model*.bin, read as weights only: no other object of a pickle is made."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except Exception as error:  # a damaged file may raise anything
+            raise UserError(f"{path} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+
+    def names(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> str:
+        return str(self._tensors[name].dtype).removeprefix("torch.")
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._tensors[name].clone()
+
+
+class Weights:
+    """The tensors in the weight files of a folder, whatever they are."""
+
+    def __init__(self, folder: Path, *, allow_pickle: bool = False) -> None:
+        """Reads the headers. Raises UserError if a file is missing or truncated, or if the index does not fit them."""
+        self.folder = folder
+        paths, self._kind = _weight_files(folder, allow_pickle)
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}  # as PyTorch names them, where it knows them
+        self._open: tuple[Path, _Shard] | None = None
+        for path in paths:
+            shard = self._kind(path)
+            for name in shard.names():
+                self.files[name], self.shapes[name], self.dtypes[name] = path, shard.shape(name), shard.dtype(name)
+        index = folder / INDEX
+        if index.exists():
+            for name, file in _weight_map(index).items():
+                if self.files.get(name) != folder / file:
+                    raise UserError(f"{index} places {name} in {file}, which does not hold it: copy the folder again")
+
+    def read(self, name: str) -> torch.Tensor:
+        path = self.files[name]
+        if self._open is None or path != self._open[0]:
+            self._open = (path, self._kind(path))
+        return self._open[1].read(name)
+
+
+class HuggingFace:
+    """A folder as save_pretrained writes it: a Source."""
+
+    def __init__(self, folder: Path, *, allow_pickle: bool = False) -> None:
+        """Checks names and shapes of all tensors. allow_pickle: also reads pytorch_model*.bin where there are no safetensors.
+
+        Raises UserError if a file is missing or truncated, or if the tensors are not those of config.json's architecture.
+        """
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}: give a model folder in Hugging Face layout")
+        self.path = self.companions = folder
+        self.architecture = Architecture.from_hf(folder)
+        self._weights = Weights(folder, allow_pickle=allow_pickle)
+        self._check()
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        found = {self._weights.dtypes[name] for name in entry.hf}
+        if len(found) > 1:
+            raise UserError(f"{self.path}: {', '.join(entry.hf)} have different dtypes and become one tensor: choose one with --dtype")
+        name = found.pop()
+        if name not in _DTYPES.values():
+            raise UserError(f"{self.path}: {entry.hf[0]} is stored as {name}; only {', '.join(_DTYPES.values())} are converted")
+        return getattr(torch, name)
+
+    def read(self, entry: Entry) -> list[torch.Tensor]:
+        return [self._weights.read(name) for name in entry.hf]
+
+    def _check(self) -> None:
+        expected: set[str] = set()
+        shapes = self._weights.shapes
+        for entry in entries(self.architecture):
+            expected.update(entry.hf)
+            for name, shape in zip(entry.hf, expected_shapes(entry, self.architecture), strict=True):
+                if name not in shapes:
+                    raise UserError(f"{self.path} has no tensor {name}: it does not fit its config.json")
+                if shapes[name] != shape:
+                    raise UserError(f"{self.path}: {name} has shape {shapes[name]}, its config.json says {shape}")
+        for name in sorted(shapes.keys() - expected):
+            if name == "lm_head.weight" and torch.equal(self._weights.read(name), self._weights.read("model.embed_tokens.weight")):
+                continue  # the tied output layer, written out
+            if not name.endswith("rotary_emb.inv_freq"):  # older versions of transformers saved what follows from config.json
+                raise UserError(f"{self.path}: {name} has no place in the architecture of its config.json ({self.architecture.model_type})")
+
+
+def _weight_files(folder: Path, allow_pickle: bool) -> tuple[list[Path], type[_Safetensors] | type[_Pickle]]:
+    index = folder / INDEX
+    if index.exists():
+        paths = [folder / name for name in sorted(set(_weight_map(index).values()))]
+        for path in paths:
+            if not path.is_file():
+                raise UserError(f"{index} names {path.name}, which is missing: copy the folder again")
+        return paths, _Safetensors
+    if paths := sorted(folder.glob("*.safetensors")):
+        return paths, _Safetensors
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
+    if pickles and not allow_pickle:
+        raise UserError(f"{folder} has its weights in {pickles[0].name}, a pickle: --allow-pickle reads it, as weights only")
+    if not pickles:
+        raise UserError(f"{folder} has no *.safetensors: give the folder that save_pretrained wrote")
+    return pickles, _Pickle
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if all(Path(file).name == file for file in names.values()):
+            return names
+        reason = "it names a file outside of its folder"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error)
+    raise UserError(f"{index} cannot be used ({reason}): copy it again")
+
+
+# Writing
+
+
+def copy_companions(base: Path, folder: Path) -> None:
+    """Makes `folder` and copies everything of a Hugging Face folder but its weights: config, tokenizer, chat templates."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in _COPIED:
+        for path in base.glob(pattern):
+            if path.name not in _NOT_COPIED and not path.name.endswith(".index.json"):
+                shutil.copy2(path, folder / path.name)
+    if (base / "additional_chat_templates").is_dir():
+        shutil.copytree(base / "additional_chat_templates", folder / "additional_chat_templates", dirs_exist_ok=True)
+
+
+def nbytes(source: Source, dtype: torch.dtype | None) -> int:
+    """Bytes of the weights of a source, in its own or another dtype."""
+    return sum(_entry_bytes(source, entry, dtype) for entry in entries(source.architecture))
+
+
+def _entry_bytes(source: Source, entry: Entry, dtype: torch.dtype | None) -> int:
+    numbers = sum(torch.Size(shape).numel() for shape in expected_shapes(entry, source.architecture))
+    return numbers * (dtype or source.dtype(entry)).itemsize
+
+
+def write(
+    source: Source,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int = SHARD_BYTES,
+    advance: Callable[[int], None] = lambda count: None,
+    written: Callable[[Path], None] = lambda path: None,
+) -> None:
+    """Writes a source as a Hugging Face folder, holding one shard at a time. dtype None: the source's.
+
+    advance is told the bytes read, `written` each file of weights that is complete.
+    """
+    copy_companions(source.companions, folder)
+    if dtype is not None:
+        set_dtype(folder / "config.json", dtype)
+    shards: list[list[Entry]] = [[]]
+    held = 0
+    for entry in entries(source.architecture):
+        size = _entry_bytes(source, entry, dtype)
+        if shards[-1] and held + size > max_shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(entry)
+        held += size
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors: dict[str, torch.Tensor] = {}
+        for entry in shard:
+            for key, tensor in zip(entry.hf, source.read(entry), strict=True):
+                tensors[key] = tensor.to(dtype or tensor.dtype).contiguous()
+                advance(tensors[key].nbytes)
+        save(tensors, folder / name)
+        written(folder / name)
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        del tensors
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes one safetensors file that others may read: the library makes it private."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)
+
+
+def set_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Writes the dtype of the weights into a config.json."""
+    settings = json.loads(config.read_text(encoding="utf-8"))
+    key = "torch_dtype" if "torch_dtype" in settings else "dtype"
+    settings[key] = str(dtype).removeprefix("torch.")
+    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

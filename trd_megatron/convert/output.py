@@ -1,0 +1,84 @@
+"""A converted checkpoint appears whole or not at all, with checksums of its files."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from trd_megatron import progress
+from trd_megatron.errors import UserError
+from trd_megatron.run_dir import file_sha256, versions, write_json
+
+MANIFEST = "conversion.json"
+SPARE = 64 << 20  # bytes for what is not weights: tokenizer, indices, metadata
+
+
+class Output:
+    """A folder being written."""
+
+    def __init__(self, folder: Path, advance: Callable[[int], None]) -> None:
+        self.folder, self.advance = folder, advance
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._sums: dict[Path, Future[str]] = {}
+
+    def written(self, path: Path) -> None:
+        """A file is complete: it goes to the disk and is summed up while the next one is written."""
+        self._sums[path] = self._pool.submit(_synced_sha256, path)
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Bytes and sha256 of every file, by its path in the folder."""
+        paths = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        for path in paths:
+            if path not in self._sums:
+                self.written(path)
+        return {str(path.relative_to(self.folder)): {"bytes": path.stat().st_size, "sha256": self._sums[path].result()} for path in paths}
+
+    def abandon(self) -> None:
+        """Waits for what reads the files, so that they can be deleted."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _synced_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return file_sha256(path)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, nbytes: int, made_by: dict[str, Any]) -> Iterator[Output]:
+    """A temporary folder that becomes `target` when the block ends well; otherwise nothing is left of it.
+
+    nbytes: of the weights to be written. made_by: what the manifest says of how it was made. Raises UserError if target exists or the
+    disk has too little room.
+    """
+    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+        raise UserError(f"{target} exists: give another path, or delete it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(target.parent).free
+        if free < nbytes + SPARE:
+            raise UserError(
+                f"{target} needs {(nbytes + SPARE) / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free: make room, or give another path"
+            )
+        temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
+        temporary.mkdir()
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}") from None
+    try:
+        with progress.byte_bar("writing", nbytes) as advance:
+            output = Output(temporary, advance)
+            try:
+                yield output
+                files = output.files()
+            finally:
+                output.abandon()
+        write_json(temporary / MANIFEST, {"made_by": made_by, "versions": versions(), "files": files})
+        os.replace(temporary, target)
+    except OSError as error:  # a full disk, a quota
+        raise UserError(f"{target} could not be written ({error.strerror or error}); nothing is left of it") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,138 @@
+"""LoRA adapters: out of the learner's checkpoints, and as PEFT folders."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from trd_megatron.convert.huggingface import save
+from trd_megatron.convert.torch_dist import TorchDist
+from trd_megatron.errors import UserError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+STATE = "state.json"  # of a checkpoint of the learner
+_FACTOR = re.compile(r"(model\.layers\.\d+\..*\w+_proj|lm_head)\.lora_[AB]\.weight")
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Low-rank updates of a model's matrices: weight + scale * B A."""
+
+    path: Path
+    factors: dict[str, torch.Tensor]  # "<module>.lora_A.weight" -> [rank, in], "<module>.lora_B.weight" -> [out, rank]
+    scales: dict[str, float]  # by module
+    rank: int
+    alpha: float
+    base: str  # the model it was trained on, as its maker named it
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the changed matrices without .weight, e.g. model.layers.0.self_attn.q_proj."""
+        return list(self.scales)
+
+    @property
+    def parameters(self) -> int:
+        return sum(factor.numel() for factor in self.factors.values())
+
+    def pair(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A, B) of a module."""
+        return self.factors[f"{module}.lora_A.weight"], self.factors[f"{module}.lora_B.weight"]
+
+
+def read(path: Path) -> Adapter:
+    """An adapter from a PEFT folder or from a checkpoint of the learner. Raises UserError if it is neither or damaged."""
+    if (path / CONFIG).is_file():
+        return read_peft(path)
+    if (path / STATE).is_file():
+        return read_checkpoint(path)
+    steps = sorted(folder.name for folder in path.glob("step_*"))
+    hint = (
+        f": give one of its {', '.join(steps)}" if steps else f": it has neither {CONFIG} (PEFT) nor {STATE} (a checkpoint of the learner)"
+    )
+    raise UserError(f"{path} holds no adapter{hint}")
+
+
+def read_checkpoint(folder: Path) -> Adapter:
+    """The adapter in train/checkpoints/step_<n>. Needs no ranks and no Megatron. Raises UserError if there is none or it is damaged."""
+    settings = _read_json(folder / STATE).get("lora")
+    if settings is None:
+        raise UserError(f"checkpoint {folder} holds no adapter: every parameter was trained, or an earlier version saved it")
+    factors = read_factors(folder)
+    return _adapter(folder, factors, settings["rank"], settings["alpha"], settings["base"], settings["alpha"] / settings["rank"])
+
+
+def read_factors(folder: Path) -> dict[str, torch.Tensor]:
+    """LoRA factors of a checkpoint of the learner, whole, by name. Raises UserError if there are none or they are damaged."""
+    checkpoint = TorchDist(folder)
+    factors = {name: checkpoint.read(name) for name in checkpoint.tensors if _FACTOR.fullmatch(name)}
+    if not factors:
+        raise UserError(f"checkpoint {folder} holds no adapter")
+    return factors
+
+
+def _adapter(path: Path, factors: dict[str, torch.Tensor], rank: int, alpha: float, base: str, scale: float) -> Adapter:
+    modules = dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in factors)
+    for module in modules:
+        for name in (f"{module}.lora_A.weight", f"{module}.lora_B.weight"):
+            if name not in factors:
+                raise UserError(f"{path} has no {name}: copy the adapter again")
+    return Adapter(path, factors, dict.fromkeys(modules, scale), rank, alpha, base)
+
+
+def read_peft(folder: Path) -> Adapter:
+    """Raises UserError if the adapter is damaged or of a kind that is no plain LoRA on linear layers."""
+    config = _read_json(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{folder / CONFIG}: peft_type {config.get('peft_type')} cannot be merged, only LORA")
+    plain = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "lora_bias": False}
+    for key, value in plain.items():
+        if config.get(key, value) not in (value, None, []):
+            raise UserError(f"{folder / CONFIG}: {key}={config[key]} cannot be merged")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            raise UserError(f"{folder / CONFIG}: {key} cannot be merged: all matrices need one rank and one alpha")
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder} has no {WEIGHTS}: save the adapter with save_pretrained (as safetensors)")
+    rank, alpha = config["r"], config["lora_alpha"]
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            factors = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / WEIGHTS} cannot be read ({error}): copy it again") from None
+    for name in factors:
+        if not _FACTOR.fullmatch(name):
+            raise UserError(f"{folder / WEIGHTS}: {name} is no LoRA factor of a linear layer and cannot be merged")
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    return _adapter(folder, factors, rank, alpha, config.get("base_model_name_or_path") or "", scale)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from None
+
+
+def write(factors: dict[str, torch.Tensor], rank: int, alpha: float, base: str, folder: Path) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors as peft.PeftModel.from_pretrained reads them."""
+    from peft import LoraConfig, TaskType
+
+    targets = sorted({name.split(".")[-3] for name in factors})
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # annotated int, only ever divided by r
+        lora_dropout=0.0,
+        target_modules=targets,
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=base,
+        inference_mode=True,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save({_PREFIX + name: tensor.contiguous() for name, tensor in factors.items()}, folder / WEIGHTS)

@@ -1,0 +1,247 @@
+"""Megatron's distributed checkpoint format (torch_dist), read and written a tensor at a time, without Megatron and without ranks.
+
+torch_dist is PyTorch's distributed checkpoint format under Megatron's conventions: the layers of a model are stacked in one tensor per
+parameter, of which the files hold chunks, and metadata.json names the format. PyTorch reads and writes; here is only what makes it go
+chunk by chunk instead of holding a whole state dict.
+"""
+
+import io
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint import FileSystemWriter, Metadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from trd_megatron.convert.safe_metadata import SafeReader
+from trd_megatron.errors import UserError
+
+Index = tuple[int, ...]
+
+
+class TorchDist:
+    """The tensors of a torch_dist folder (the one that holds .metadata)."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the metadata. Raises UserError if it is missing, damaged or unsafe, or if a file is missing or too short."""
+        self.folder = folder
+        self._reader = SafeReader(folder)
+        metadata = self._reader.read_metadata()
+        _check_files(folder, metadata)
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self.tensors = {key: one for key, one in metadata.state_dict_metadata.items() if isinstance(one, TensorStorageMetadata)}
+        self._chunks: dict[tuple[str, int], dict[Index, list[ChunkStorageMetadata]]] = {}
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.tensors[key].size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.tensors[key].properties.dtype
+
+    def read(self, key: str, index: Index = ()) -> torch.Tensor:
+        """What lies at `index` of a tensor's leading dimensions, put together from its chunks. Raises UserError if it is damaged."""
+        entry, depth = self.tensors[key], len(index)
+        target = torch.empty(entry.size[depth:], dtype=entry.properties.dtype)
+        wanted = ChunkStorageMetadata(torch.Size([*index, *[0] * target.ndim]), torch.Size([*[1] * depth, *target.shape]))
+        chunks = TensorStorageMetadata(entry.properties, entry.size, self._chunks_at(key, index))
+        items = create_read_items_for_chunk_list(key, chunks, [wanted])
+        if sum(item.lengths.numel() for item in items) != target.numel():
+            raise UserError(f"checkpoint {self.folder}: parts of {key} are missing; copy the checkpoint again")
+        try:
+            self._reader.read_data(LoadPlan(items), _Into(target.view(wanted.sizes))).wait()
+        except (OSError, RuntimeError, ValueError, EOFError, AssertionError) as error:
+            raise UserError(f"checkpoint {self.folder}: {key} cannot be read: {str(error).splitlines()[0]}") from error
+        return target
+
+    def _chunks_at(self, key: str, index: Index) -> list[ChunkStorageMetadata]:
+        """The chunks that cover `index`, without looking through those of every other layer and expert each time."""
+        depth = len(index)
+        if (key, depth) not in self._chunks:
+            by_index: dict[Index, list[ChunkStorageMetadata]] = defaultdict(list)
+            for chunk in self.tensors[key].chunks:
+                covered = zip(chunk.offsets[:depth], chunk.sizes[:depth], strict=True)
+                for place in itertools.product(*(range(start, start + size) for start, size in covered)):
+                    by_index[place].append(chunk)
+            self._chunks[key, depth] = by_index
+        return self._chunks[key, depth].get(index, [])
+
+
+def _check_files(folder: Path, metadata: Metadata) -> None:
+    ends: dict[str, int] = defaultdict(int)
+    for info in (metadata.storage_data or {}).values():
+        if Path(info.relative_path).name != info.relative_path:
+            raise UserError(f"{folder}: its metadata names a file outside of it, {info.relative_path!r}: get the checkpoint from elsewhere")
+        ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
+    for name, end in ends.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing: copy the checkpoint again")
+        if path.stat().st_size < end:
+            raise UserError(f"{path} is truncated, it has {path.stat().st_size} of at least {end} bytes: copy the checkpoint again")
+
+
+class _Into(LoadPlanner):
+    """Puts what is read into one tensor."""
+
+    def __init__(self, target: torch.Tensor) -> None:
+        self.target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        return narrow_tensor_by_index(self.target, read_item.dest_offsets, read_item.lengths)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        pass
+
+    def _not_planned(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError("the plan is made in TorchDist.read")
+
+    set_up_planner = create_local_plan = create_global_plan = finish_plan = load_bytes = _not_planned
+
+
+# Writing
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor to write: what lies at `index` of the leading dimensions of tensor `key`, whose full size is size."""
+
+    key: str
+    index: Index
+    size: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # (offsets, sizes) of its pieces, without leading dimensions
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(torch.Size(sizes).numel() for _, sizes in self.chunks) * self.dtype.itemsize
+
+
+class _Plan(SavePlanner):
+    """Hands out the chunks of one file, reading a part when its first chunk is asked for and letting go of the part before."""
+
+    def __init__(self, parts: list[Part], objects: list[str], advance: Callable[[int], None]) -> None:
+        self.advance = advance
+        self.items: list[WriteItem] = []
+        self._at: dict[MetadataIndex, tuple[Part, int]] = {}
+        self._held: tuple[Part, torch.Tensor] | None = None
+        for part in parts:
+            for number, (offsets, sizes) in enumerate(part.chunks):
+                chunk = ChunkStorageMetadata(torch.Size([*part.index, *offsets]), torch.Size([*[1] * len(part.index), *sizes]))
+                index = MetadataIndex(part.key, chunk.offsets)
+                data = TensorWriteData(chunk, TensorProperties(part.dtype), torch.Size(part.size))
+                self.items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+                self._at[index] = (part, number)
+        self.items += [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in objects]
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        if write_item.type == WriteItemType.BYTE_IO:
+            return io.BytesIO(EMPTY_OBJECT)
+        part, number = self._at[write_item.index]
+        if self._held is None or self._held[0] is not part:
+            self._held = None
+            self._held = (part, part.read())
+        offsets, sizes = part.chunks[number]
+        piece = self._held[1]
+        for dim, (start, size) in enumerate(zip(offsets, sizes, strict=True)):
+            piece = piece.narrow(dim, start, size)
+        piece = piece.contiguous()
+        self.advance(piece.nbytes)
+        return piece.view([*[1] * len(part.index), *sizes])
+
+    def _not_planned(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise NotImplementedError("the plan is made in its constructor")
+
+    set_up_planner = create_local_plan = create_global_plan = finish_plan = _not_planned
+
+
+class _Writer(FileSystemWriter):
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(save_id=self.save_id)  # PyTorch's has the folder's path, which is a temporary one and nobody's business
+
+
+def _empty_object() -> bytes:
+    buffer = io.BytesIO()
+    torch.save([None], buffer)  # as Megatron packs its ShardedObjects
+    return buffer.getvalue()
+
+
+EMPTY_OBJECT = _empty_object()
+
+
+def write(
+    folder: Path,
+    parts: Iterable[Part],
+    objects: list[str],
+    common: dict[str, Any],
+    *,
+    file_bytes: int,
+    advance: Callable[[int], None],
+    written: Callable[[Path], None],
+) -> None:
+    """Writes a torch_dist folder: the parts, in order, in files of about file_bytes each; `objects`, Megatron's empty ShardedObjects, by
+    their unique keys; `common`, what is not sharded. advance is told the bytes written, `written` each file that is complete."""
+    parts = list(parts)
+    writer = _Writer(folder, sync_files=True)
+    writer.set_up_storage_writer(True)
+    plans = [_Plan(group, objects if not number else [], advance) for number, group in enumerate(_groups(parts, file_bytes))]
+    saved = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(plan.items)) for plan in plans])
+    results = []
+    for plan, items in zip(plans, saved, strict=True):
+        results.append(writer.write_data(items, plan).wait())
+        written(folder / results[-1][0].storage_data.relative_path)
+    writer.finish(_metadata(plans), results)
+    torch.save(common, folder / "common.pt")
+    versions = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+    (folder / "metadata.json").write_text(json.dumps(versions), encoding="utf-8")
+    for name in (".metadata", "common.pt", "metadata.json"):
+        written(folder / name)
+
+
+def _groups(parts: list[Part], file_bytes: int) -> Iterator[list[Part]]:
+    group: list[Part] = []
+    held = 0
+    for part in parts:
+        if group and held + part.nbytes > file_bytes:
+            yield group
+            group, held = [], 0
+        group.append(part)
+        held += part.nbytes
+    yield group
+
+
+def _metadata(plans: list[_Plan]) -> Metadata:
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    for item in itertools.chain.from_iterable(plan.items for plan in plans):
+        if item.tensor_data is None:
+            entries[item.index.fqn] = BytesStorageMetadata()
+            continue
+        data = item.tensor_data
+        entry = entries.setdefault(item.index.fqn, TensorStorageMetadata(data.properties, data.size, []))
+        assert isinstance(entry, TensorStorageMetadata)
+        entry.chunks.append(data.chunk)
+    return Metadata(entries)

@@ -10,17 +10,15 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from safetensors import SafetensorError, safe_open
 
 from trd_megatron.config import LearnerConfig
 from trd_megatron.convert.architecture import Architecture
-from trd_megatron.convert.mapping import entries, expected_shapes, shard
-from trd_megatron.errors import UserError
 from trd_megatron.learner.attention import SegmentedAttention
 from trd_megatron.learner.packing import Packing
 from trd_megatron.learner.parallel import Parallel
 from trd_megatron.learner.stack import Installed, Stack, choose
 from trd_megatron.learner.trained import Trained, every_parameter
+from trd_megatron.learner.weights import load_hf, load_megatron
 
 
 class RMSNorm(torch.nn.Module):
@@ -118,50 +116,51 @@ def block_spec(architecture: Architecture, stack: Stack) -> TransformerBlockSubm
     return TransformerBlockSubmodules(layer_specs=[spec] * architecture.num_layers, layer_norm=norm)
 
 
+def gpt_model(architecture: Architecture, config: TransformerConfig, spec: TransformerBlockSubmodules, **stage: bool) -> GPTModel:
+    """Megatron's model, its weights not set. stage: pre_process and post_process, of a pipeline stage that is not the only one."""
+    a = architecture
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=a.padded_vocab_size(config.tensor_model_parallel_size),
+        max_sequence_length=a.max_position_embeddings,
+        share_embeddings_and_output_weights=a.tied_embeddings,
+        position_embedding_type="rope",
+        rotary_base=a.rope.theta,
+        rope_scaling=a.rope.kind == "llama3",
+        rope_scaling_factor=a.rope.factor,
+        **stage,
+    )
+
+
 class Model:
     """A GPTModel on this rank. Adapters are added to `gpt` by lora.py."""
 
     def __init__(
-        self, folder: Path, config: LearnerConfig, parallel: Parallel, *, trainable: bool = False, offloaded: bool = False
+        self,
+        folder: Path,
+        config: LearnerConfig,
+        parallel: Parallel,
+        *,
+        trainable: bool = False,
+        offloaded: bool = False,
+        checkpoint: Path | None = None,
     ) -> None:
-        """Builds and loads. offloaded: see Teacher. Raises UserError if the folder's config or weights do not fit."""
+        """Builds and loads. offloaded: see Teacher. checkpoint: the weights come from this Megatron checkpoint (torch_dist), the
+        architecture from `folder` as ever. Raises UserError if the folder's config or weights do not fit.
+        """
         self.architecture = Architecture.from_hf(folder)
         self.architecture.check_tensor_parallel_size(parallel.tp_size, str(folder))
         self.parallel = parallel
-        a = self.architecture
         stack = choose(config, Installed.find())
-        self.gpt = GPTModel(
-            config=transformer_config(a, config, parallel, stack, offloaded),
-            transformer_layer_spec=block_spec(a, stack),
-            vocab_size=a.padded_vocab_size(parallel.tp_size),
-            max_sequence_length=a.max_position_embeddings,
-            share_embeddings_and_output_weights=a.tied_embeddings,
-            position_embedding_type="rope",
-            rotary_base=a.rope.theta,
-            rope_scaling=a.rope.kind == "llama3",
-            rope_scaling_factor=a.rope.factor,
-        )
-        self._load(folder)
+        megatron = transformer_config(self.architecture, config, parallel, stack, offloaded)
+        self.gpt = gpt_model(self.architecture, megatron, block_spec(self.architecture, stack))
+        if checkpoint is None:
+            load_hf(self.gpt, self.architecture, parallel, folder)
+        else:
+            load_megatron(self.gpt, self.architecture, parallel, checkpoint)
         self.gpt.requires_grad_(trainable)
         self.gpt.to(parallel.device)
-
-    def _load(self, folder: Path) -> None:
-        parameters = dict(self.gpt.named_parameters())
-        files = _tensor_files(folder)
-        for entry in entries(self.architecture):
-            tensors = []
-            for name, shape in zip(entry.hf, expected_shapes(entry, self.architecture), strict=True):
-                if name not in files:
-                    raise UserError(f"{folder} has no tensor {name}: it does not fit its config.json")
-                with safe_open(files[name], framework="pt") as file:
-                    tensor = file.get_tensor(name)
-                if tuple(tensor.shape) != shape:
-                    raise UserError(f"{folder}: {name} has shape {tuple(tensor.shape)}, its config.json says {shape}")
-                tensors.append(tensor)
-            parameter = parameters.pop(entry.megatron)
-            with torch.no_grad():
-                parameter.copy_(shard(entry, tensors, self.architecture, self.parallel.tp_rank, self.parallel.tp_size))
-        assert not parameters, f"parameters without a source: {sorted(parameters)}"
 
     def trained(self) -> list[Trained]:
         """Every parameter, in the same order on every rank."""
@@ -203,15 +202,3 @@ class Model:
         if self.parallel.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden.squeeze(1)
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the headers of all safetensors files of the folder."""
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                files.update(dict.fromkeys(file.keys(), path))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
-    return files

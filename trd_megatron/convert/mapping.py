@@ -84,16 +84,15 @@ def _of_layer(layer: int, name: str, hf: tuple[str, ...], kind: Kind, stacked: s
 def expected_shapes(entry: Entry, architecture: Architecture) -> list[tuple[int, ...]]:
     """Shapes of entry.hf, in order."""
     a, tail = architecture, entry.megatron.rsplit(".", 2)[-2:]
-    ffn = a.experts.ffn_hidden_size if a.experts is not None else a.ffn_hidden_size
     if entry.kind == "vocab":
         return [(a.vocab_size, a.hidden_size)]
     if entry.kind == "qkv":
         rows = [a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim, a.num_query_groups * a.head_dim]
         return [(r,) if tail[1] == "bias" else (r, a.hidden_size) for r in rows]
     if entry.kind == "gate_up":
-        return [(ffn, a.hidden_size)] * 2
+        return [(a.mlp_columns, a.hidden_size)] * 2
     if entry.kind == "row":
-        return [(a.hidden_size, ffn if tail[0] == "linear_fc2" else a.num_attention_heads * a.head_dim)]
+        return [(a.hidden_size, a.mlp_columns if tail[0] == "linear_fc2" else a.num_attention_heads * a.head_dim)]
     if tail[0] == "router":
         assert a.experts is not None
         return [(a.experts.count, a.hidden_size)]

@@ -8,11 +8,12 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from trd_megatron.config import LearnerConfig
-from trd_megatron.convert.architecture import Architecture
+from trd_megatron.convert.architecture import Architecture, Rope
 from trd_megatron.learner.attention import SegmentedAttention
 from trd_megatron.learner.packing import Packing
 from trd_megatron.learner.parallel import Parallel
@@ -56,7 +57,18 @@ def transformer_config(
             "num_layers_at_start_in_bf16": config.fp8_bf16_layers,
             "num_layers_at_end_in_bf16": config.fp8_bf16_layers,
         }
-    return TransformerConfig(
+    experts: dict[str, Any] = {}
+    if architecture.experts is not None:
+        experts = {
+            "num_moe_experts": architecture.experts.count,
+            "moe_router_topk": architecture.experts.per_token,
+            "moe_ffn_hidden_size": architecture.experts.ffn_hidden_size,
+            # The softmax is float32's, as in transformers. Over the chosen experts alone, its values sum to 1.
+            "moe_router_pre_softmax": not architecture.experts.normalized,
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "allgather",  # every rank holds a part of every expert
+        }
+    megatron = TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -83,12 +95,26 @@ def transformer_config(
         bias_dropout_fusion=False,
         bias_activation_fusion=parallel.device.type == "cuda",  # SwiGLU in one kernel, compiled by PyTorch
         masked_softmax_fusion=False,
-        apply_rope_fusion=stack.transformer_engine,
+        # Transformer Engine's fused RoPE knows no attention factor.
+        apply_rope_fusion=stack.transformer_engine and architecture.rope.kind != "yarn",
         gradient_accumulation_fusion=stack.gradient_accumulation_fusion,
         persist_layer_norm=False,
         **granularities[config.recompute],
+        **experts,
         **fp8,
     )
+    if architecture.rope.kind == "yarn":
+        _set_yarn(megatron, architecture.rope)
+    return megatron
+
+
+def _set_yarn(config: Any, rope: Rope) -> None:
+    """Megatron looks for these on a configuration that has no such fields: where they are, its attention takes YaRN's factor."""
+    config.yarn_rotary_scaling_factor = rope.factor
+    config.yarn_original_max_position_embeddings = rope.original_max_position_embeddings
+    config.yarn_beta_fast, config.yarn_beta_slow = rope.beta_fast, rope.beta_slow
+    config.yarn_mscale, config.yarn_mscale_all_dim = rope.mscales or (None, None)
+    config.yarn_correction_range_round_to_int = rope.truncate
 
 
 def block_spec(architecture: Architecture, stack: Stack) -> TransformerBlockSubmodules:
@@ -98,9 +124,16 @@ def block_spec(architecture: Architecture, stack: Stack) -> TransformerBlockSubm
     Parameters have the same names either way.
     """
     norm: Any = RMSNorm
-    spec = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
+    count = architecture.experts.count if architecture.experts is not None else None
+    spec = get_gpt_layer_local_spec(num_experts=count, qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
     layer = spec.submodules
     attention, mlp = layer.self_attention.submodules, layer.mlp.submodules
+    if count is not None:
+        mlp = mlp.experts.submodules  # one expert's
+        # This norm keeps its own name in checkpoints: with Transformer Engine too, no linear layer follows that could hold it.
+        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+        # Without Transformer Engine, Megatron-Core 0.16 forgets to say that its product for the router is not there.
+        vars(moe_utils).setdefault("te_general_gemm", None)
     if stack.transformer_engine:
         from megatron.core.extensions import transformer_engine as te
 
@@ -125,7 +158,7 @@ def gpt_model(architecture: Architecture, config: TransformerConfig, spec: Trans
         vocab_size=a.padded_vocab_size(config.tensor_model_parallel_size),
         max_sequence_length=a.max_position_embeddings,
         share_embeddings_and_output_weights=a.tied_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type="yarn" if a.rope.kind == "yarn" else "rope",
         rotary_base=a.rope.theta,
         rope_scaling=a.rope.kind == "llama3",
         rope_scaling_factor=a.rope.factor,
@@ -193,10 +226,13 @@ class Model:
         hidden = self.gpt.embedding(input_ids=packing.ids.unsqueeze(0), position_ids=packing.positions.unsqueeze(0))
         if torch.is_grad_enabled():
             hidden.requires_grad_()  # recomputation only runs backward through inputs that want a gradient
+        rotary = self.gpt.rotary_pos_emb(packing.max_length, packed_seq=True)
+        if self.architecture.rope.kind == "yarn":
+            rotary, _ = rotary  # the factor is taken from the configuration
         hidden = self.gpt.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=self.gpt.rotary_pos_emb(packing.max_length, packed_seq=True),
+            rotary_pos_emb=rotary,
             packed_seq_params=parameters,
         )
         if self.parallel.sequence_parallel:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from trd_megatron.builtin_models import resolve_model
 
@@ -19,6 +19,10 @@ SIZES: dict[str, Any] = {
     "initializer_range": 0.15,
     "rms_norm_eps": 1e-6,
 }
+MOE: dict[str, Any] = {
+    "head_dim": 12, "tie_word_embeddings": False, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
+    "decoder_sparse_step": 1, "mlp_only_layers": [],
+}  # fmt: skip
 ARCHITECTURES = {
     "llama": (LlamaConfig, {"head_dim": 12, "tie_word_embeddings": False}),
     "llama3-rope": (
@@ -33,7 +37,19 @@ ARCHITECTURES = {
         },
     ),
     "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen2-untied": (Qwen2Config, {"tie_word_embeddings": False}),
     "qwen3": (Qwen3Config, {"head_dim": 12, "tie_word_embeddings": False}),
+    "qwen3-yarn": (
+        Qwen3Config,
+        {
+            "head_dim": 12,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 128,
+            "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32},
+        },
+    ),
+    "qwen3-moe": (Qwen3MoeConfig, MOE | {"norm_topk_prob": True}),
+    "qwen3-moe-unnormalized": (Qwen3MoeConfig, MOE | {"norm_topk_prob": False}),
 }  # fmt: skip
 
 

@@ -54,6 +54,7 @@ def check_inputs(config: Config) -> None:
     student = Chat(student_path, config.data.prompt_format, config.student.chat_template_kwargs)
     tp = config.learner.tensor_model_parallel_size
     student_architecture = Architecture.from_hf(student_path)
+    student_architecture.check_student(f"model.path={config.model.path}")
     student_architecture.check_tensor_parallel_size(tp, config.model.path)
     check_shapes(config.learner, student_architecture, config.model.path)
     if config.teacher.path is None:

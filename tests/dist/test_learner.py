@@ -59,7 +59,7 @@ def test_logits_equal_transformers(tmp_path: Path) -> None:
         assert len(results) == len(wanted)
         for model, reference in zip(results, wanted, strict=True):
             for ours, theirs in zip(model, reference, strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-5)
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("ranks", "place"), [(1, ONE), (2, PAIRS[1])])

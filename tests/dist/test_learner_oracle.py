@@ -220,7 +220,7 @@ Built = tuple[list[cases.Case], list[cases.Steps]]  # with the steps of one rank
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Built:
     folder = tmp_path_factory.mktemp("models")
-    sizes = {"num_attention_heads": 24, "num_key_value_heads": 12, "head_dim": 6}  # 12 groups: tensor parallel over 1, 2, 3 or 4
+    sizes: dict[str, Any] = {"num_attention_heads": 24, "num_key_value_heads": 12, "head_dim": 6}  # 12 groups: tensor parallel over 1, 2, 3 or 4
     student = tiny.make("qwen3", folder / "student", **sizes)
     teacher = tiny.make("qwen3", folder / "teacher", seed=1, **sizes | {"hidden_size": 48})
     methods = ("trd", "forward_kl_clip", "reverse_kl_topk")
@@ -229,6 +229,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Built:
     built.append(("trd opsd, three targets, dropout", config_of("trd", lora=some), random_samples(3), student, None))
     built.append(("trd opsd, every parameter", config_of("trd", trainable="full"), random_samples(3), student, None))
     built.append(("trd opd", config_of("trd"), random_samples(3), student, teacher))
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    sizes |= {"moe_intermediate_size": 24, "rope_parameters": yarn, "max_position_embeddings": 128}
+    experts = tiny.make("qwen3-moe", folder / "experts", **sizes)
+    built.append(("trd opd, experts and YaRN", config_of("trd"), random_samples(3), student, experts))
     single = replace(config_of("trd"), learner=replace(config_of("trd").learner, dtype="float32"))
     built.append(("trd opsd float32", single, random_samples(3), student, None))
     return built, run_ranks(1, cases.traced_steps, built, [(ONE, {})], RATES[:2])[0][0]

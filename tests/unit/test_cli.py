@@ -125,6 +125,9 @@ def test_wrong_models(refused, tmp_path: Path) -> None:  # type: ignore[no-untyp
     assert "learner.tensor_model_parallel_size=2 does not divide" in message
     assert message.endswith("sizes that work: 1, 3")
     assert not (tmp_path / "run").exists()  # refused before anything was made
+    experts = tiny.make("qwen3-moe", tmp_path / "experts")
+    shutil.copy(resolve_model("builtin:tiny-qwen3") / "chat_template.jinja", experts)
+    assert f"model.path={experts} has experts, which the learner does not train: choose a dense student" in refused(f"model.path={experts}")
     config = json.loads((odd / "config.json").read_text())
     (odd / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
     assert "architecture 'gpt2' is not supported; supported: llama, qwen2, qwen3" in refused(f"model.path={odd}")

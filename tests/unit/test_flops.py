@@ -47,10 +47,14 @@ def counted(model: Any, prompt: int, rows: int, *, backward: bool) -> int:
 
 
 @pytest.mark.parametrize("targets", [None, ["q_proj", "down_proj"], LoraConfig().targets], ids=["full", "two", "all"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
-def test_model_flops_are_what_pytorch_counts(name: str, targets: list[str] | None, tmp_path: Path) -> None:
-    folders = [tiny.make(name, tmp_path / "student"), tiny.make(name, tmp_path / "teacher", **TEACHER_SIZES)]
-    student, teacher = (AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager") for folder in folders)
+@pytest.mark.parametrize(
+    "names", [("llama", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3"), ("qwen3", "qwen3-moe")], ids=lambda names: names[1]
+)
+def test_model_flops_are_what_pytorch_counts(names: tuple[str, str], targets: list[str] | None, tmp_path: Path) -> None:
+    folders = [tiny.make(names[0], tmp_path / "student"), tiny.make(names[1], tmp_path / "teacher", **TEACHER_SIZES)]
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager") for folder in folders
+    )
     lora = None
     if targets is not None:
         lora = LoraConfig(rank=3, targets=targets)

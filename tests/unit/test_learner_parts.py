@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 from collections.abc import Callable
+from enum import Enum
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorProperties, TensorStorageMetadata
 
 from tests import tiny
 from tests.checkpoints import merge
@@ -19,6 +21,7 @@ from trd_megatron.config import LearnerConfig, LoraConfig, load
 from trd_megatron.convert.architecture import Architecture, Rope
 from trd_megatron.convert.mapping import entries, expected_shapes, fuse_qkv, shard
 from trd_megatron.convert.peft import read_factors
+from trd_megatron.convert.safe_metadata import check_checkpoint
 from trd_megatron.errors import UserError
 from trd_megatron.learner.checkpoint_files import best_step, prune, saved_steps, step_folder
 from trd_megatron.learner.packing import Cut, Sample, deal, micro_batches, pack
@@ -207,6 +210,10 @@ def test_a_checkpoint_that_is_none_is_named(tmp_path: Path) -> None:
         read_factors(tmp_path)
 
 
+class Unknown(Enum):
+    ONE = 1
+
+
 class _Evil:
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -222,6 +229,39 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps({1: 2}))
     with pytest.raises(UserError, match="holds no checkpoint metadata"):
         read_factors(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def megatron_checkpoint(folder: Path, entry: Any, common: Any) -> Path:
+    """The two pickles of a torch_dist checkpoint."""
+    folder.mkdir()
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata({"norm": entry})))
+    torch.save(common, folder / "common.pt")
+    return folder
+
+
+def test_what_megatrons_loader_would_unpickle_is_checked_before(tmp_path: Path) -> None:
+    tensor = TensorStorageMetadata(TensorProperties(), torch.Size([3, 4]), [])
+    sound = megatron_checkpoint(tmp_path / "sound", tensor, {"iteration": 7, "args": [1.5, "text"]})
+    assert check_checkpoint(sound, ["norm"]) == {"norm": (3, 4)}
+    with pytest.raises(UserError, match=r"sound has no tensor head: it is of another model"):
+        check_checkpoint(sound, ["norm", "head"])
+    evil = megatron_checkpoint(tmp_path / "evil", tensor, {"args": _Evil(tmp_path / "owned")})
+    with pytest.raises(UserError, match=r"common\.pt cannot be read: it names posix\.system, which is not loaded from a checkpoint$"):
+        check_checkpoint(evil, ["norm"])
+    (evil / "common.pt").write_bytes(pickle.dumps(_Evil(tmp_path / "owned")))  # not as torch.save writes it
+    with pytest.raises(UserError, match=r"common\.pt cannot be read: "):
+        check_checkpoint(evil, ["norm"])
+    (evil / "common.pt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"common\.pt cannot be read: "):
+        check_checkpoint(evil, ["norm"])
+    unknown = megatron_checkpoint(tmp_path / "unknown", tensor, {"state": Unknown.ONE})  # harmless, but not PyTorch's or Megatron's
+    with pytest.raises(UserError, match=r"it names tests\.unit\.test_learner_parts\.Unknown, which is not loaded"):
+        check_checkpoint(unknown, ["norm"])
+    # PyTorch would unpickle it though a tensor was asked for.
+    hidden = megatron_checkpoint(tmp_path / "hidden", BytesStorageMetadata(), {})
+    with pytest.raises(UserError, match=r"norm is no tensor but a pickled object"):
+        check_checkpoint(hidden, ["norm"])
     assert not (tmp_path / "owned").exists()
 
 

@@ -12,7 +12,7 @@ from megatron.core.models.common.embeddings import rope_utils
 
 from tests import tiny
 from trd_megatron.config import LearnerConfig
-from trd_megatron.convert.architecture import Architecture
+from trd_megatron.convert.architecture import Architecture, Experts
 from trd_megatron.errors import UserError
 from trd_megatron.learner.attention import SegmentedAttention
 from trd_megatron.learner.model import RMSNorm, block_spec, transformer_config
@@ -99,6 +99,10 @@ def test_fp8_is_refused_for_layers_that_it_cannot_do(architecture: Architecture)
     )
     for recipe in FP8_RECIPES:
         check_shapes(cuda(fp8=recipe, fp8_bf16_layers=1), fitting, "m")
+    experts = replace(fitting, experts=Experts(8, 2, 64, normalized=True))
+    check_shapes(cuda(fp8="current"), experts, "m")
+    with pytest.raises(UserError, match="128 divides; gate_proj of m has 64 on a rank"):
+        check_shapes(cuda(fp8="blockwise"), experts, "m")
     with pytest.raises(UserError, match="128 divides; k_proj of m has 64 on a rank"):
         check_shapes(cuda(fp8="blockwise", tensor_model_parallel_size=2), fitting, "m")
 

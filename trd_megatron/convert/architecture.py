@@ -100,8 +100,8 @@ class Architecture:
         )
 
     @property
-    def mlp_size(self) -> int:
-        """Columns of one MLP: of the layer's or of an expert's."""
+    def mlp_columns(self) -> int:
+        """Hidden size of a layer's MLP, or of each of its experts."""
         return self.ffn_hidden_size if self.experts is None else self.experts.ffn_hidden_size
 
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
@@ -110,7 +110,7 @@ class Architecture:
 
     def tensor_parallel_sizes(self) -> list[int]:
         """The tensor_model_parallel_size values that divide heads, key/value heads and the MLP."""
-        common = gcd(self.num_attention_heads, self.num_query_groups, self.mlp_size)
+        common = gcd(self.num_attention_heads, self.num_query_groups, self.mlp_columns)
         return [size for size in range(1, common + 1) if common % size == 0]
 
     def check_tensor_parallel_size(self, size: int, model: str, setting: str = "learner.tensor_model_parallel_size=") -> None:
@@ -119,17 +119,28 @@ class Architecture:
             works = ", ".join(map(str, self.tensor_parallel_sizes()))
             raise UserError(
                 f"{setting}{size} does not divide the {model}'s {self.num_attention_heads} heads, "
-                f"{self.num_query_groups} key/value heads and {self.mlp_size} MLP columns; sizes that work: {works}"
+                f"{self.num_query_groups} key/value heads and {self.mlp_columns} MLP columns; sizes that work: {works}"
             )
 
+    def check_student(self, model: str) -> None:
+        """Raises UserError that names `model` if the learner cannot train it."""
+        if self.experts is not None:
+            raise UserError(f"{model} has experts, which the learner does not train: choose a dense student (the teacher may have experts)")
+
     def projections(self) -> dict[str, tuple[int, int]]:
-        """Name -> (inputs, outputs) of the matrices of one layer; experts' are left out."""
-        hidden, ffn = self.hidden_size, self.ffn_hidden_size
+        """Name -> (inputs, outputs) of the matrices of one layer; with experts, those of one of them."""
+        hidden, ffn = self.hidden_size, self.mlp_columns
         attention, kv = self.num_attention_heads * self.head_dim, self.num_query_groups * self.head_dim
         matrices = {"q_proj": (hidden, attention), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (attention, hidden)}
+        return matrices | {"gate_proj": (hidden, ffn), "up_proj": (hidden, ffn), "down_proj": (ffn, hidden)}
+
+    def layer_weights(self, experts: int) -> int:
+        """Parameters in one layer's matrices, counting so many of its experts, if it has any."""
+        sizes = {name: inputs * outputs for name, (inputs, outputs) in self.projections().items()}
         if self.experts is None:
-            matrices |= {"gate_proj": (hidden, ffn), "up_proj": (hidden, ffn), "down_proj": (ffn, hidden)}
-        return matrices
+            return sum(sizes.values())
+        one = sum(sizes.pop(name) for name in ("gate_proj", "up_proj", "down_proj"))
+        return sum(sizes.values()) + experts * one + self.experts.count * self.hidden_size  # the last are the router's
 
     def adapter_parameters(self, rank: int, targets: Sequence[str]) -> int:
         """LoRA parameters on the targeted matrices (names of `projections`) of every layer."""
@@ -138,9 +149,7 @@ class Architecture:
 
     def parameter_count(self) -> int:
         """Parameters, embeddings included."""
-        layer = sum(inputs * outputs for inputs, outputs in self.projections().values()) + 2 * self.hidden_size
-        if self.experts is not None:
-            layer += self.experts.count * self.hidden_size * (3 * self.experts.ffn_hidden_size + 1)  # 1: the router's row
+        layer = self.layer_weights(self.experts.count if self.experts is not None else 0) + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 
@@ -178,4 +187,6 @@ def _rope(parameters: dict[str, Any], folder: Path) -> Rope:
 def _experts(config: Any, folder: Path) -> Experts:
     if config.decoder_sparse_step != 1 or config.mlp_only_layers:
         raise UserError(f"{folder}: layers without experts (decoder_sparse_step, mlp_only_layers) are not supported")
+    if config.num_experts_per_tok == 1 and config.norm_topk_prob:
+        raise UserError(f"{folder}: norm_topk_prob with one expert per token is not supported")
     return Experts(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size, config.norm_topk_prob)

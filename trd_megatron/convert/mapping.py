@@ -90,9 +90,9 @@ def expected_shapes(entry: Entry, architecture: Architecture) -> list[tuple[int,
         rows = [a.num_attention_heads * a.head_dim, a.num_query_groups * a.head_dim, a.num_query_groups * a.head_dim]
         return [(r,) if tail[1] == "bias" else (r, a.hidden_size) for r in rows]
     if entry.kind == "gate_up":
-        return [(a.mlp_size, a.hidden_size)] * 2
+        return [(a.mlp_columns, a.hidden_size)] * 2
     if entry.kind == "row":
-        return [(a.hidden_size, a.mlp_size if tail[0] == "linear_fc2" else a.num_attention_heads * a.head_dim)]
+        return [(a.hidden_size, a.mlp_columns if tail[0] == "linear_fc2" else a.num_attention_heads * a.head_dim)]
     if tail[0] == "router":
         assert a.experts is not None
         return [(a.experts.count, a.hidden_size)]

@@ -1,16 +1,20 @@
-"""Reading the metadata of a torch_dist checkpoint, which is a pickle, without running what a pickle may hold."""
+"""The pickles in a torch_dist checkpoint (.metadata, common.pt, objects between the tensors), without running what a pickle may hold."""
 
 import io
 import pickle
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint import FileSystemReader, Metadata
-from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
 
 from trd_megatron.errors import UserError
 
 METADATA = ".metadata"
+COMMON = "common.pt"  # what Megatron stores beside tensors
 # Classes that PyTorch's and Megatron's writers put into the metadata; anything else is refused.
 ALLOWED = {
     "torch": ("Size", "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"),
@@ -37,10 +41,42 @@ def read_metadata(checkpoint: Path) -> Metadata:
     try:
         metadata = _AllowList(io.BytesIO(path.read_bytes())).load()
     except (OSError, pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        raise UserError(f"{path} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+        raise UserError(f"{path} cannot be read: {_reason(error)}") from None
     if not isinstance(metadata, Metadata):
         raise UserError(f"{path} holds no checkpoint metadata")
     return metadata
+
+
+def check_checkpoint(checkpoint: Path, keys: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors `keys`, after a look at everything that Megatron's loader would unpickle on the way to them.
+
+    PyTorch unpickles unchecked what the metadata calls an object, whatever was asked for: `keys` must be tensors. common.pt must pass
+    PyTorch's weights_only loader; Megatron-Core, once imported, adds its own classes to what that one takes. Raises UserError.
+    """
+    found = read_metadata(checkpoint).state_dict_metadata
+    shapes = {}
+    for key in keys:
+        if key not in found:
+            raise UserError(f"checkpoint {checkpoint} has no tensor {key}: it is of another model")
+        tensor = found[key]
+        if not isinstance(tensor, TensorStorageMetadata):
+            raise UserError(f"checkpoint {checkpoint}: {key} is no tensor but a pickled object, which is not loaded")
+        shapes[key] = tuple(tensor.size)
+    path = checkpoint / COMMON
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, KeyError, IndexError) as error:
+        raise UserError(f"{path} cannot be read: {_reason(error)}") from None
+    return shapes
+
+
+def _reason(error: Exception) -> str:
+    """One line out of the paragraphs that PyTorch writes."""
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    if refused:
+        return f"it names {refused[1]}, which is not loaded from a checkpoint"
+    detail = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    return detail[1] if detail else (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class SafeReader(FileSystemReader):

@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 
 from trd_megatron import processes
-from trd_megatron.convert.safe_metadata import read_metadata
+from trd_megatron.convert.safe_metadata import check_checkpoint
 from trd_megatron.learner.checkpoint_files import STATE, file_sizes, read_state, step_folder
 from trd_megatron.learner.distributed_optimizer import AnyOptimizer
 from trd_megatron.learner.parallel import Parallel
@@ -146,10 +146,11 @@ def load(checkpoints: Path, step: int, optimizer: AnyOptimizer, parallel: Parall
     """Restores what is trained and the optimizer in place; returns the loop state. Every rank calls it."""
     folder = step_folder(checkpoints, step)
     loop_state = read_state(checkpoints, step)
-    read_metadata(folder)  # refuses what Megatron's own loader would unpickle unchecked
     states = optimizer.states()
+    wanted = _state_dict(optimizer.trained, states, parallel)
+    check_checkpoint(folder, wanted)
     with parallel.megatron_device():
-        loaded = dist_checkpointing.load(_state_dict(optimizer.trained, states, parallel), str(folder))
+        loaded = dist_checkpointing.load(wanted, str(folder))
     with torch.no_grad():
         for index, one in enumerate(optimizer.trained):
             one.parameter.copy_(one.join({name: loaded[name] for name in one.names}))

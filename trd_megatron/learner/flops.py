@@ -59,8 +59,8 @@ def training_flops(student: Architecture, teacher: Architecture, lora: LoraConfi
 
 
 def _linear_weights(architecture: Architecture) -> int:
-    """Weights of the layers' matrices, without embeddings and output layer."""
-    return architecture.num_layers * sum(width * out for width, out in architecture.projections().values())
+    """Weights that a token meets in the layers' matrices, without embeddings and output layer: of experts those that it is sent to."""
+    return architecture.num_layers * architecture.layer_weights(architecture.experts.per_token if architecture.experts is not None else 0)
 
 
 def _forward_and_backward(architecture: Architecture, lora: LoraConfig | None) -> int:

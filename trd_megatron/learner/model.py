@@ -8,19 +8,18 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from safetensors import SafetensorError, safe_open
 
 from trd_megatron.config import LearnerConfig
-from trd_megatron.convert.architecture import Architecture
-from trd_megatron.convert.mapping import entries, expected_shapes, shard
-from trd_megatron.errors import UserError
+from trd_megatron.convert.architecture import Architecture, Rope
 from trd_megatron.learner.attention import SegmentedAttention
 from trd_megatron.learner.packing import Packing
 from trd_megatron.learner.parallel import Parallel
 from trd_megatron.learner.stack import Installed, Stack, choose
 from trd_megatron.learner.trained import Trained, every_parameter
+from trd_megatron.learner.weights import load_hf, load_megatron
 
 
 class RMSNorm(torch.nn.Module):
@@ -58,7 +57,18 @@ def transformer_config(
             "num_layers_at_start_in_bf16": config.fp8_bf16_layers,
             "num_layers_at_end_in_bf16": config.fp8_bf16_layers,
         }
-    return TransformerConfig(
+    experts: dict[str, Any] = {}
+    if architecture.experts is not None:
+        experts = {
+            "num_moe_experts": architecture.experts.count,
+            "moe_router_topk": architecture.experts.per_token,
+            "moe_ffn_hidden_size": architecture.experts.ffn_hidden_size,
+            # The softmax is float32's, as in transformers. Over the chosen experts alone, its values sum to 1.
+            "moe_router_pre_softmax": not architecture.experts.normalized,
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "allgather",  # every rank holds a part of every expert
+        }
+    megatron = TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.ffn_hidden_size,
@@ -85,12 +95,26 @@ def transformer_config(
         bias_dropout_fusion=False,
         bias_activation_fusion=parallel.device.type == "cuda",  # SwiGLU in one kernel, compiled by PyTorch
         masked_softmax_fusion=False,
-        apply_rope_fusion=stack.transformer_engine,
+        # Transformer Engine's fused RoPE knows no attention factor.
+        apply_rope_fusion=stack.transformer_engine and architecture.rope.kind != "yarn",
         gradient_accumulation_fusion=stack.gradient_accumulation_fusion,
         persist_layer_norm=False,
         **granularities[config.recompute],
+        **experts,
         **fp8,
     )
+    if architecture.rope.kind == "yarn":
+        _set_yarn(megatron, architecture.rope)
+    return megatron
+
+
+def _set_yarn(config: Any, rope: Rope) -> None:
+    """Megatron looks for these on a configuration that has no such fields: where they are, its attention takes YaRN's factor."""
+    config.yarn_rotary_scaling_factor = rope.factor
+    config.yarn_original_max_position_embeddings = rope.original_max_position_embeddings
+    config.yarn_beta_fast, config.yarn_beta_slow = rope.beta_fast, rope.beta_slow
+    config.yarn_mscale, config.yarn_mscale_all_dim = rope.mscales or (None, None)
+    config.yarn_correction_range_round_to_int = rope.truncate
 
 
 def block_spec(architecture: Architecture, stack: Stack) -> TransformerBlockSubmodules:
@@ -100,9 +124,16 @@ def block_spec(architecture: Architecture, stack: Stack) -> TransformerBlockSubm
     Parameters have the same names either way.
     """
     norm: Any = RMSNorm
-    spec = get_gpt_layer_local_spec(qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
+    count = architecture.experts.count if architecture.experts is not None else None
+    spec = get_gpt_layer_local_spec(num_experts=count, qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
     layer = spec.submodules
     attention, mlp = layer.self_attention.submodules, layer.mlp.submodules
+    if count is not None:
+        mlp = mlp.experts.submodules  # one expert's
+        # This norm keeps its own name in checkpoints: with Transformer Engine too, no linear layer follows that could hold it.
+        del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+        # Without Transformer Engine, Megatron-Core 0.16 forgets to say that its product for the router is not there.
+        vars(moe_utils).setdefault("te_general_gemm", None)
     if stack.transformer_engine:
         from megatron.core.extensions import transformer_engine as te
 
@@ -118,50 +149,51 @@ def block_spec(architecture: Architecture, stack: Stack) -> TransformerBlockSubm
     return TransformerBlockSubmodules(layer_specs=[spec] * architecture.num_layers, layer_norm=norm)
 
 
+def gpt_model(architecture: Architecture, config: TransformerConfig, spec: TransformerBlockSubmodules, **stage: bool) -> GPTModel:
+    """Megatron's model, its weights not set. stage: pre_process and post_process, of a pipeline stage that is not the only one."""
+    a = architecture
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=a.padded_vocab_size(config.tensor_model_parallel_size),
+        max_sequence_length=a.max_position_embeddings,
+        share_embeddings_and_output_weights=a.tied_embeddings,
+        position_embedding_type="yarn" if a.rope.kind == "yarn" else "rope",
+        rotary_base=a.rope.theta,
+        rope_scaling=a.rope.kind == "llama3",
+        rope_scaling_factor=a.rope.factor,
+        **stage,
+    )
+
+
 class Model:
     """A GPTModel on this rank. Adapters are added to `gpt` by lora.py."""
 
     def __init__(
-        self, folder: Path, config: LearnerConfig, parallel: Parallel, *, trainable: bool = False, offloaded: bool = False
+        self,
+        folder: Path,
+        config: LearnerConfig,
+        parallel: Parallel,
+        *,
+        trainable: bool = False,
+        offloaded: bool = False,
+        checkpoint: Path | None = None,
     ) -> None:
-        """Builds and loads. offloaded: see Teacher. Raises UserError if the folder's config or weights do not fit."""
+        """Builds and loads. offloaded: see Teacher. checkpoint: the weights come from this Megatron checkpoint (torch_dist), the
+        architecture from `folder` as ever. Raises UserError if the folder's config or weights do not fit.
+        """
         self.architecture = Architecture.from_hf(folder)
         self.architecture.check_tensor_parallel_size(parallel.tp_size, str(folder))
         self.parallel = parallel
-        a = self.architecture
         stack = choose(config, Installed.find())
-        self.gpt = GPTModel(
-            config=transformer_config(a, config, parallel, stack, offloaded),
-            transformer_layer_spec=block_spec(a, stack),
-            vocab_size=a.padded_vocab_size(parallel.tp_size),
-            max_sequence_length=a.max_position_embeddings,
-            share_embeddings_and_output_weights=a.tied_embeddings,
-            position_embedding_type="rope",
-            rotary_base=a.rope.theta,
-            rope_scaling=a.rope.kind == "llama3",
-            rope_scaling_factor=a.rope.factor,
-        )
-        self._load(folder)
+        megatron = transformer_config(self.architecture, config, parallel, stack, offloaded)
+        self.gpt = gpt_model(self.architecture, megatron, block_spec(self.architecture, stack))
+        if checkpoint is None:
+            load_hf(self.gpt, self.architecture, parallel, folder)
+        else:
+            load_megatron(self.gpt, self.architecture, parallel, checkpoint)
         self.gpt.requires_grad_(trainable)
         self.gpt.to(parallel.device)
-
-    def _load(self, folder: Path) -> None:
-        parameters = dict(self.gpt.named_parameters())
-        files = _tensor_files(folder)
-        for entry in entries(self.architecture):
-            tensors = []
-            for name, shape in zip(entry.hf, expected_shapes(entry, self.architecture), strict=True):
-                if name not in files:
-                    raise UserError(f"{folder} has no tensor {name}: it does not fit its config.json")
-                with safe_open(files[name], framework="pt") as file:
-                    tensor = file.get_tensor(name)
-                if tuple(tensor.shape) != shape:
-                    raise UserError(f"{folder}: {name} has shape {tuple(tensor.shape)}, its config.json says {shape}")
-                tensors.append(tensor)
-            parameter = parameters.pop(entry.megatron)
-            with torch.no_grad():
-                parameter.copy_(shard(entry, tensors, self.architecture, self.parallel.tp_rank, self.parallel.tp_size))
-        assert not parameters, f"parameters without a source: {sorted(parameters)}"
 
     def trained(self) -> list[Trained]:
         """Every parameter, in the same order on every rank."""
@@ -194,24 +226,15 @@ class Model:
         hidden = self.gpt.embedding(input_ids=packing.ids.unsqueeze(0), position_ids=packing.positions.unsqueeze(0))
         if torch.is_grad_enabled():
             hidden.requires_grad_()  # recomputation only runs backward through inputs that want a gradient
+        rotary = self.gpt.rotary_pos_emb(packing.max_length, packed_seq=True)
+        if self.architecture.rope.kind == "yarn":
+            rotary, _ = rotary  # the factor is taken from the configuration
         hidden = self.gpt.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=self.gpt.rotary_pos_emb(packing.max_length, packed_seq=True),
+            rotary_pos_emb=rotary,
             packed_seq_params=parameters,
         )
         if self.parallel.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         return hidden.squeeze(1)
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the headers of all safetensors files of the folder."""
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                files.update(dict.fromkeys(file.keys(), path))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
-    return files

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.profiler import record_function
 
 from trd_megatron.config import Config
+from trd_megatron.convert.architecture import Architecture
 from trd_megatron.learner import checkpoint
 from trd_megatron.learner.checkpoint_files import best_step, damage, prune, saved_steps
 from trd_megatron.learner.diagnostics import Sums
@@ -121,6 +122,7 @@ class Trainer:
         learner = config.learner
         self.config, self.parallel = config, parallel
         full = learner.trainable == "full"
+        Architecture.from_hf(student_path).check_student(str(student_path))
         self.student = Model(student_path, learner, parallel, trainable=full)
         adapters = None if full else Adapters(self.student, learner.lora, config.seed)
         if adapters is not None and teacher_path is None:

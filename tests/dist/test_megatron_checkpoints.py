@@ -1,0 +1,44 @@
+"""Megatron-Core's own checkpoints: the names of the name table, and weights that come back from any layout."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests import tiny
+from tests.dist import checkpoint_cases as cases
+from tests.dist.ranks import run_ranks
+from tests.dist.test_learner import merged_logits
+from trd_megatron.convert.architecture import Architecture
+from trd_megatron.convert.mapping import entries, expected_shapes, shard
+
+IDS = [[5, 200, 17, 3, 258, 40, 41], [7, 7, 9]]
+
+
+def test_megatron_saves_under_the_names_of_the_name_table(tmp_path: Path) -> None:
+    folders = [tiny.make(name, tmp_path / name) for name in tiny.ARCHITECTURES]
+    [found] = run_ranks(1, cases.keys, folders)
+    for folder, shapes in zip(folders, found, strict=True):
+        architecture = Architecture.from_hf(folder)
+        table = list(entries(architecture))
+        assert {entry.key for entry in table} == shapes.keys()
+        for entry in table:  # stacked over layers (and experts)
+            assert len(shapes[entry.key]) == len(entry.index) + len(expected_shapes(entry, architecture)[0])
+            assert all(at < size for at, size in zip(entry.index, shapes[entry.key], strict=False))
+
+
+def test_what_pipeline_stages_save_one_rank_loads(tmp_path: Path) -> None:
+    """Tensor parallel 2 x pipeline parallel 2; tied embeddings lie on both stages, vocabularies are padded to 260."""
+    folders = [tiny.make(name, tmp_path / name) for name in ("llama3-rope", "qwen3")]
+    outs = [folder / "megatron" for folder in folders]
+    run_ranks(4, cases.save_each, [(folder, out, 2, 2) for folder, out in zip(folders, outs, strict=True)])
+    loads = [(folder, out, 1, 1, 1, IDS) for folder, out in zip(folders, outs, strict=True)]
+    [loaded] = run_ranks(1, cases.load_each, loads)
+    for folder, (parameters, logits) in zip(folders, loaded, strict=True):
+        architecture, tensors = Architecture.from_hf(folder), load_file(folder / "model.safetensors")
+        table = {entry.megatron: entry for entry in entries(architecture)}
+        assert table.keys() == parameters.keys()
+        for name, parameter in parameters.items():
+            assert torch.equal(parameter, shard(table[name], [tensors[one] for one in table[name].hf], architecture, 0, 1)), name
+        for ours, theirs in zip(logits, merged_logits(folder, IDS), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)

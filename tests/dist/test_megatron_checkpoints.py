@@ -28,10 +28,11 @@ def test_megatron_saves_under_the_names_of_the_name_table(tmp_path: Path) -> Non
 
 
 def test_what_pipeline_stages_save_one_rank_loads(tmp_path: Path) -> None:
-    """Tensor parallel 2 x pipeline parallel 2; tied embeddings lie on both stages, vocabularies are padded to 260."""
-    folders = [tiny.make(name, tmp_path / name) for name in ("llama3-rope", "qwen3")]
+    """Tensor parallel 2 (vocabularies are padded to 260) or expert parallel 2, x pipeline parallel 2; tied embeddings lie on both stages."""
+    layouts = {"llama3-rope": (2, 2, 1), "qwen3": (2, 2, 1), "qwen3-moe": (1, 2, 2)}
+    folders = [tiny.make(name, tmp_path / name) for name in layouts]
     outs = [folder / "megatron" for folder in folders]
-    run_ranks(4, cases.save_each, [(folder, out, 2, 2) for folder, out in zip(folders, outs, strict=True)])
+    run_ranks(4, cases.save_each, [(folder, out, *place) for folder, out, place in zip(folders, outs, layouts.values(), strict=True)])
     loads = [(folder, out, 1, 1, 1, IDS) for folder, out in zip(folders, outs, strict=True)]
     [loaded] = run_ranks(1, cases.load_each, loads)
     for folder, (parameters, logits) in zip(folders, loaded, strict=True):

@@ -1,5 +1,6 @@
 """Which implementations the layers are made of. Transformer Engine is not installed here: specs and configurations are built, not run."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,15 +10,17 @@ import pytest
 import torch
 from megatron.core.extensions import transformer_engine as te
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 
 from tests import tiny
-from trd_megatron.config import LearnerConfig
-from trd_megatron.convert.architecture import Architecture, Experts
+from trd_megatron.config import LearnerConfig, load
+from trd_megatron.convert.architecture import Architecture, Experts, Rope
 from trd_megatron.errors import UserError
 from trd_megatron.learner.attention import SegmentedAttention
 from trd_megatron.learner.model import RMSNorm, block_spec, transformer_config
 from trd_megatron.learner.packing import Cut, Sample, micro_batches, pack, pieces
 from trd_megatron.learner.stack import FP8_RECIPES, Installed, Stack, check_shapes, choose, precision, token_multiple
+from trd_megatron.learner.train import Trainer
 
 NOTHING = Installed(None, apex=False, wgrad_fusion=False)
 EVERYTHING = Installed("2.9.0", apex=True, wgrad_fusion=True)
@@ -120,6 +123,8 @@ def modules(architecture: Architecture, stack: Stack) -> dict[str, Any]:
     assert block.layer_specs is not None and len(block.layer_specs) == architecture.num_layers
     layer = block.layer_specs[0].submodules
     attention, mlp = layer.self_attention.submodules, layer.mlp.submodules
+    if architecture.experts is not None:
+        mlp = mlp.experts.submodules
     return {
         "norms": {layer.input_layernorm, layer.pre_mlp_layernorm, attention.q_layernorm, attention.k_layernorm, block.layer_norm},
         "column": {attention.linear_qkv, mlp.linear_fc1},
@@ -128,7 +133,9 @@ def modules(architecture: Architecture, stack: Stack) -> dict[str, Any]:
     }
 
 
-def test_the_layers_are_transformer_engines_or_local(architecture: Architecture) -> None:
+@pytest.mark.parametrize("experts", [None, Experts(6, 2, 20, normalized=True)])
+def test_the_layers_are_transformer_engines_or_local(experts: Experts | None, architecture: Architecture) -> None:
+    architecture = replace(architecture, experts=experts)
     assert modules(architecture, choose(cuda(), EVERYTHING)) == {
         "norms": {te.TENorm},
         "column": {te.TEColumnParallelLinear},
@@ -161,6 +168,27 @@ def test_fp8_reaches_megatrons_configuration(recipe: str, architecture: Architec
     text = precision(config)
     assert recipe in text
     assert ("layers at each end" in text) is (ends > 0)
+
+
+def test_yarn_and_experts_reach_megatrons_configuration(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd"):
+        monkeypatch.setattr(rope_utils, name, lambda: None)
+    config = cuda()
+    plain = transformer_config(architecture, config, place(1, 1), choose(config, EVERYTHING))
+    assert plain.apply_rope_fusion
+    assert not [name for name in dir(plain) if name.startswith("yarn_")]  # Megatron decides by their presence
+    assert plain.num_moe_experts is None
+    rope = Rope(1e4, "yarn", 4.0, original_max_position_embeddings=32, mscales=(1.0, 0.5))
+    other = replace(architecture, rope=rope, experts=Experts(6, 2, 20, normalized=False))
+    built: Any = transformer_config(other, config, place(1, 1), choose(config, EVERYTHING))
+    assert not built.apply_rope_fusion  # it would leave the factor out
+    assert _yarn_get_concentration_factor_from_config(built) == pytest.approx((0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1))
+    assert (built.num_moe_experts, built.moe_router_topk, built.moe_ffn_hidden_size, built.moe_router_pre_softmax) == (6, 2, 20, True)
+
+
+def test_a_student_with_experts_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^{tmp_path} has experts, which the learner does not train"):
+        Trainer(load(["experiment=smoke"]), tiny.make("qwen3-moe", tmp_path), None, place(1, 1, "cpu"))
 
 
 def test_without_fp8_nothing_of_it_is_configured(architecture: Architecture) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -32,6 +33,25 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class Yarn(YarnRotaryEmbedding):
+    """Megatron's, without its tables of sines and cosines: decoding alone reads them, and context parallelism would cut them."""
+
+    def __init__(self, head_dim: int, rope: Rope, use_cpu_initialization: bool) -> None:
+        super().__init__(
+            head_dim,
+            rotary_base=rope.theta,
+            use_cpu_initialization=use_cpu_initialization,
+            scaling_factor=rope.factor,
+            original_max_position_embeddings=rope.original_max_position_embeddings,
+            beta_fast=rope.beta_fast,
+            beta_slow=rope.beta_slow,
+            correction_range_round_to_int=rope.truncate,
+        )
+
+    def _set_cos_sin_cache(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 def transformer_config(
@@ -104,17 +124,11 @@ def transformer_config(
         **fp8,
     )
     if architecture.rope.kind == "yarn":
-        _set_yarn(megatron, architecture.rope)
+        # No fields of the configuration, but where they are, Megatron's attention multiplies sines and cosines with YaRN's factor.
+        factor: Any = megatron
+        factor.yarn_rotary_scaling_factor = architecture.rope.factor
+        factor.yarn_mscale, factor.yarn_mscale_all_dim = architecture.rope.mscales or (None, None)
     return megatron
-
-
-def _set_yarn(config: Any, rope: Rope) -> None:
-    """Megatron looks for these on a configuration that has no such fields: where they are, its attention takes YaRN's factor."""
-    config.yarn_rotary_scaling_factor = rope.factor
-    config.yarn_original_max_position_embeddings = rope.original_max_position_embeddings
-    config.yarn_beta_fast, config.yarn_beta_slow = rope.beta_fast, rope.beta_slow
-    config.yarn_mscale, config.yarn_mscale_all_dim = rope.mscales or (None, None)
-    config.yarn_correction_range_round_to_int = rope.truncate
 
 
 def block_spec(architecture: Architecture, stack: Stack) -> TransformerBlockSubmodules:
@@ -151,19 +165,23 @@ def block_spec(architecture: Architecture, stack: Stack) -> TransformerBlockSubm
 
 def gpt_model(architecture: Architecture, config: TransformerConfig, spec: TransformerBlockSubmodules, **stage: bool) -> GPTModel:
     """Megatron's model, its weights not set. stage: pre_process and post_process, of a pipeline stage that is not the only one."""
-    a = architecture
-    return GPTModel(
+    a, rope = architecture, architecture.rope
+    gpt = GPTModel(
         config=config,
         transformer_layer_spec=spec,
         vocab_size=a.padded_vocab_size(config.tensor_model_parallel_size),
         max_sequence_length=a.max_position_embeddings,
         share_embeddings_and_output_weights=a.tied_embeddings,
-        position_embedding_type="yarn" if a.rope.kind == "yarn" else "rope",
-        rotary_base=a.rope.theta,
-        rope_scaling=a.rope.kind == "llama3",
-        rope_scaling_factor=a.rope.factor,
+        position_embedding_type="rope",
+        rotary_base=rope.theta,
+        rope_scaling=rope.kind == "llama3",
+        rope_scaling_factor=rope.factor,
         **stage,
     )
+    if rope.kind == "yarn":
+        gpt.position_embedding_type = "yarn"
+        gpt.rotary_pos_emb = Yarn(a.head_dim, rope, config.use_cpu_initialization)
+    return gpt
 
 
 class Model:
@@ -228,7 +246,7 @@ class Model:
             hidden.requires_grad_()  # recomputation only runs backward through inputs that want a gradient
         rotary = self.gpt.rotary_pos_emb(packing.max_length, packed_seq=True)
         if self.architecture.rope.kind == "yarn":
-            rotary, _ = rotary  # the factor is taken from the configuration
+            rotary, _ = rotary  # attention takes the factor from the configuration
         hidden = self.gpt.decoder(
             hidden_states=hidden,
             attention_mask=None,

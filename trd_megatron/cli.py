@@ -15,6 +15,7 @@ from rich.text import Text
 
 from trd_megatron import __version__
 from trd_megatron.convert.commands import app as convert
+from trd_megatron.convert.commands import parse_bytes
 from trd_megatron.errors import UserError
 from trd_megatron.progress import console, output
 
@@ -186,7 +187,7 @@ app.add_typer(convert, name="convert")
 bench = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich",
     help="Measure this machine: the loss against other ways to compute it, the learner against a Hugging Face + PEFT loop, "
-    "the embedded engine against plain generate.",
+    "the embedded engine against plain generate, checkpoint conversion against cp.",
 )  # fmt: skip
 app.add_typer(bench, name="bench")
 _SIZES = {"tokens": [256, 512, 1024, 2048], "lengths": [64]}
@@ -362,6 +363,45 @@ def bench_engine(
     from trd_megatron.bench import engine
 
     engine.run(model, batch_size, prompts, lengths, samples, max_new_tokens, repeats, threads)
+
+
+@bench.command("convert")
+def bench_convert(
+    size: Annotated[str, typer.Option(metavar="SIZE", help="Least bytes of the model's weights, e.g. 500MB.")] = "8GB",
+    repeats: Annotated[int, typer.Option(help="Runs of each conversion, and of cp beside it.")] = 3,
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where bench_convert.json goes; its disk is the one that is measured.")
+    ] = Path("runs/bench_convert"),
+) -> None:
+    """Time and peak memory of hf-to-megatron, megatron-to-hf and merge-lora, beside cp of the same files on the same disk.
+
+    The model is a random Llama in bfloat16 with layers of Llama-3.1-8B (narrower ones below 4 GB), made for this and deleted
+    afterwards, also on Ctrl-C. Three times its size must be free in --out.
+
+    Before each run the source is taken out of the page cache. Conversions sync every file and write its sha256; cp is followed by a sync
+    of its files ("cp alone" is the time before that). The two take turns. Time is the median of the runs (least-most), without the start
+    of Python and imports, which has a column of its own. Memory is the highest resident set of the whole process, libraries included;
+    pages of files that it reads and writes belong to the system and are not in it. After megatron-to-hf the model must be bit-equal.
+
+    [bold]Examples[/bold]
+
+      trd bench convert
+
+      trd bench convert --size 500MB --out /data/bench_convert
+    """
+    from trd_megatron.bench import children, convert_report
+    from trd_megatron.bench import convert as converting
+
+    settings = converting.Settings(size=parse_bytes(size, "--size"), repeats=repeats)
+    console.print(settings.title, highlight=False)
+    try:
+        rows = converting.benchmark(settings, out)
+    except (converting.DisagreementError, children.ChildFailedError) as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail(f"interrupted; figures of finished conversions are kept in {out}, the models are deleted", 130)
+    output.print(convert_report.table(rows, settings.title))
+    console.print(f"figures: {out / 'bench_convert.json'}", highlight=False)
 
 
 def _print_keys() -> None:

@@ -101,7 +101,7 @@ def megatron_to_hf(
     """
     from trd_megatron.convert import operations
 
-    operations.megatron_to_hf(megatron_path, hf_path, base_path=base_path, dtype=_dtype(dtype), max_shard_bytes=_bytes(max_shard_size))
+    operations.megatron_to_hf(megatron_path, hf_path, base_path=base_path, dtype=_dtype(dtype), max_shard_bytes=parse_bytes(max_shard_size, "--max-shard-size"))
     output.print(f"wrote {hf_path}", highlight=False)
 
 
@@ -130,7 +130,7 @@ def merge_lora(
         output_path,
         dtype=_dtype(dtype),
         allow_pickle=allow_pickle,
-        max_shard_bytes=_bytes(max_shard_size),
+        max_shard_bytes=parse_bytes(max_shard_size, "--max-shard-size"),
     )
     output.print(f"wrote {output_path}", highlight=False)
 
@@ -208,8 +208,9 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def _bytes(size: str) -> int:
+def parse_bytes(size: str, option: str) -> int:
+    """Bytes of a size such as 500MB. Raises UserError that names the option."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", size.upper())
     if found is None or not float(found[1]):
-        raise UserError(f"--max-shard-size {size}: give a size such as 500MB or 2GB")
+        raise UserError(f"{option} {size}: give a size such as 500MB or 2GB")
     return int(float(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[found[2]])

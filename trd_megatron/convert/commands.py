@@ -18,7 +18,7 @@ app = typer.Typer(
     name="convert", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False,
     help="Convert checkpoints between Hugging Face and Megatron, merge adapters, look at and compare checkpoints.\n\n"
     "Everything is written to a temporary folder that becomes the output when it is whole. No GPU and no ranks are needed, and memory "
-    "stays at one shard and one parameter, whatever the size of the model (docs/checkpoints.md).",
+    "stays at one parameter, whatever the size of the model (docs/checkpoints.md).",
 )  # fmt: skip
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -34,7 +34,7 @@ Tp = Annotated[
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Read pytorch_model*.bin, as weights only, where there are no safetensors.")
 ]
-ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of one safetensors file, which is held in memory, e.g. 500MB.")]
+ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of one safetensors file, e.g. 500MB.")]
 Model = Annotated[str, typer.Option(metavar="MODEL", help="Folder in Hugging Face layout, hub id or builtin:NAME.")]
 
 
@@ -101,7 +101,9 @@ def megatron_to_hf(
     """
     from trd_megatron.convert import operations
 
-    operations.megatron_to_hf(megatron_path, hf_path, base_path=base_path, dtype=_dtype(dtype), max_shard_bytes=parse_bytes(max_shard_size, "--max-shard-size"))
+    operations.megatron_to_hf(
+        megatron_path, hf_path, base_path=base_path, dtype=_dtype(dtype), max_shard_bytes=parse_bytes(max_shard_size, "--max-shard-size")
+    )
     output.print(f"wrote {hf_path}", highlight=False)
 
 

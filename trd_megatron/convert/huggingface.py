@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,8 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from trd_megatron.convert import safetensors_file
 from trd_megatron.convert.architecture import Architecture
 from trd_megatron.convert.mapping import Entry, entries, expected_shapes
+from trd_megatron.convert.safetensors_file import Spec
 from trd_megatron.convert.source import Source
 from trd_megatron.errors import UserError
 
@@ -214,9 +216,9 @@ def write(
     advance: Callable[[int], None] = lambda count: None,
     written: Callable[[Path], None] = lambda path: None,
 ) -> None:
-    """Writes a source as a Hugging Face folder, holding one shard at a time. dtype None: the source's.
+    """Writes a source as a Hugging Face folder, holding one parameter at a time. dtype None: the source's.
 
-    advance is told the bytes read, `written` each file of weights that is complete.
+    advance is told the bytes written, `written` each file of weights that is complete.
     """
     copy_companions(source.companions, folder)
     if dtype is not None:
@@ -234,19 +236,29 @@ def write(
     total = 0
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors: dict[str, torch.Tensor] = {}
+        shard.sort(key=lambda entry: -(dtype or source.dtype(entry)).itemsize)
+        specs: dict[str, Spec] = {}
         for entry in shard:
-            for key, tensor in zip(entry.hf, source.read(entry), strict=True):
-                tensors[key] = tensor.to(dtype or tensor.dtype).contiguous()
-                advance(tensors[key].nbytes)
-        save(tensors, folder / name)
+            shapes = expected_shapes(entry, source.architecture)
+            specs |= {key: Spec(dtype or source.dtype(entry), shape) for key, shape in zip(entry.hf, shapes, strict=True)}
+        safetensors_file.write(folder / name, specs, _tensors(source, shard, dtype, advance))
         written(folder / name)
-        weight_map |= dict.fromkeys(tensors, name)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        del tensors
+        weight_map |= dict.fromkeys(specs, name)
+        total += sum(spec.nbytes for spec in specs.values())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _tensors(source: Source, shard: list[Entry], dtype: torch.dtype | None, advance: Callable[[int], None]) -> Iterator[torch.Tensor]:
+    for entry in shard:
+        tensors = source.read(entry)
+        while tensors:  # taken out, so that nothing here holds what is written
+            tensor = tensors.pop(0)
+            tensor = tensor.to(dtype or tensor.dtype)
+            advance(tensor.nbytes)
+            yield tensor
+            del tensor
 
 
 def save(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -53,9 +53,12 @@ class Megatron:
         return self._checkpoint.dtype(self._places(entry)[0][0])  # the learner's have one dtype
 
     def read(self, entry: Entry) -> list[torch.Tensor]:
-        tensors = [self._checkpoint.read(key, index) for key, index in self._places(entry)]
-        if len(tensors) == 1 and self._is_megatrons:
-            a = self.architecture
+        places, a = self._places(entry), self.architecture
+        if self._is_megatrons and entry.kind == "gate_up":  # stored apart
+            [(key, index)] = places
+            return [self._checkpoint.read(key, index, (start, start + a.mlp_columns)) for start in (0, a.mlp_columns)]
+        tensors = [self._checkpoint.read(key, index) for key, index in places]
+        if self._is_megatrons:
             tensors = split_local(entry, tensors[0], a.num_attention_heads, a.num_query_groups)
         if entry.kind == "vocab":
             tensors = [tensor[: self.architecture.vocab_size] for tensor in tensors]
@@ -152,17 +155,21 @@ def _parts(source: Source, dtype: torch.dtype | None, tp: int) -> list[Part]:
         shape = list(megatron_shape(entry, a))
         if entry.kind == "vocab":
             shape[0] = a.padded_vocab_size(tp)
-        read = partial(_whole, source, entry, stored, shape[0])
+        read = partial(_pieces, source, entry, stored, shape[0], tp)
         parts.append(Part(entry.key, entry.index, (*_leading(entry, a), *shape), stored, _chunks(entry, shape, tp), read))
     return parts
 
 
-def _whole(source: Source, entry: Entry, dtype: torch.dtype, rows: int) -> torch.Tensor:
-    """A whole Megatron tensor, its vocabulary padded with zeros."""
-    tensor = fuse_local(entry, source.read(entry), source.architecture.num_query_groups).to(dtype)
-    if entry.kind == "vocab" and rows > tensor.shape[0]:
+def _pieces(source: Source, entry: Entry, dtype: torch.dtype, rows: int, tp: int) -> list[torch.Tensor]:
+    """The pieces of a Megatron tensor of so many rows, in the order of _chunks."""
+    tensors = [tensor.to(dtype) for tensor in source.read(entry)]
+    dim = shard_dim(entry)
+    if entry.kind == "gate_up":  # not fused, as they would be cut apart again
+        return [piece for tensor in tensors for piece in tensor.chunk(tp)]
+    tensor = fuse_local(entry, tensors, source.architecture.num_query_groups)
+    if rows > tensor.shape[0]:  # padding of the vocabulary
         tensor = torch.nn.functional.pad(tensor, (0, 0, 0, rows - tensor.shape[0]))
-    return tensor
+    return [tensor] if dim is None else list(tensor.chunk(tp, dim))
 
 
 def _leading(entry: Entry, architecture: Architecture) -> tuple[int, ...]:

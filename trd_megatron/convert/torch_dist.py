@@ -8,6 +8,7 @@ chunk by chunk instead of holding a whole state dict.
 import io
 import itertools
 import json
+import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,9 +27,6 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
-    LoadPlan,
-    LoadPlanner,
-    ReadItem,
     SavePlan,
     SavePlanner,
     TensorWriteData,
@@ -62,20 +60,41 @@ class TorchDist:
     def dtype(self, key: str) -> torch.dtype:
         return self.tensors[key].properties.dtype
 
-    def read(self, key: str, index: Index = ()) -> torch.Tensor:
-        """What lies at `index` of a tensor's leading dimensions, put together from its chunks. Raises UserError if it is damaged."""
+    def read(self, key: str, index: Index = (), rows: tuple[int, int] | None = None) -> torch.Tensor:
+        """What lies at `index` of a tensor's leading dimensions, put together from its chunks; rows: only (from, to) of the next one.
+
+        Raises UserError if it is damaged.
+        """
         entry, depth = self.tensors[key], len(index)
-        target = torch.empty(entry.size[depth:], dtype=entry.properties.dtype)
-        wanted = ChunkStorageMetadata(torch.Size([*index, *[0] * target.ndim]), torch.Size([*[1] * depth, *target.shape]))
-        chunks = TensorStorageMetadata(entry.properties, entry.size, self._chunks_at(key, index))
-        items = create_read_items_for_chunk_list(key, chunks, [wanted])
-        if sum(item.lengths.numel() for item in items) != target.numel():
+        shape, offsets = list(entry.size[depth:]), [*index, *[0] * (len(entry.size) - depth)]
+        if rows is not None:
+            offsets[depth], shape[0] = rows[0], rows[1] - rows[0]
+        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size([*[1] * depth, *shape]))
+        stored = self._chunks_at(key, index)
+        items = create_read_items_for_chunk_list(key, TensorStorageMetadata(entry.properties, entry.size, stored), [wanted])
+        if sum(item.lengths.numel() for item in items) != wanted.sizes.numel():
             raise UserError(f"checkpoint {self.folder}: parts of {key} are missing; copy the checkpoint again")
+        if len(items) == 1 and wanted in stored:
+            return self._load(key, wanted, items[0].storage_index).reshape(shape)  # as it lies there, without a copy
+        target = torch.empty(wanted.sizes, dtype=entry.properties.dtype)
+        for item in items:
+            assert item.storage_index.index is not None
+            chunk = self._load(key, stored[item.storage_index.index], item.storage_index)
+            part = narrow_tensor_by_index(chunk, item.storage_offsets, item.lengths)
+            narrow_tensor_by_index(target, item.dest_offsets, item.lengths).copy_(part)
+        return target.view(shape)
+
+    def _load(self, key: str, chunk: ChunkStorageMetadata, index: MetadataIndex) -> torch.Tensor:
+        """A whole chunk, as torch.save wrote it somewhere in a file."""
+        info = self._reader.storage_data[index]
         try:
-            self._reader.read_data(LoadPlan(items), _Into(target.view(wanted.sizes))).wait()
-        except (OSError, RuntimeError, ValueError, EOFError, AssertionError) as error:
+            with (self.folder / info.relative_path).open("rb") as stream:
+                found = torch.load(self._reader._slice_file(stream, info), map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"checkpoint {self.folder}: {key} cannot be read: {str(error).splitlines()[0]}") from error
-        return target
+        if not isinstance(found, torch.Tensor) or (found.shape, found.dtype) != (chunk.sizes, self.dtype(key)):
+            raise UserError(f"checkpoint {self.folder}: {key} cannot be read: it is not what .metadata says; copy the checkpoint again")
+        return found
 
     def _chunks_at(self, key: str, index: Index) -> list[ChunkStorageMetadata]:
         """The chunks that cover `index`, without looking through those of every other layer and expert each time."""
@@ -95,6 +114,8 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
     for info in (metadata.storage_data or {}).values():
         if Path(info.relative_path).name != info.relative_path:
             raise UserError(f"{folder}: its metadata names a file outside of it, {info.relative_path!r}: get the checkpoint from elsewhere")
+        if info.transform_descriptors:
+            raise UserError(f"{folder}: its tensors are stored with {', '.join(info.transform_descriptors)}: save them without extensions")
         ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
     for name, end in ends.items():
         path = folder / name
@@ -102,24 +123,6 @@ def _check_files(folder: Path, metadata: Metadata) -> None:
             raise UserError(f"{path} is missing: copy the checkpoint again")
         if path.stat().st_size < end:
             raise UserError(f"{path} is truncated, it has {path.stat().st_size} of at least {end} bytes: copy the checkpoint again")
-
-
-class _Into(LoadPlanner):
-    """Puts what is read into one tensor."""
-
-    def __init__(self, target: torch.Tensor) -> None:
-        self.target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        return narrow_tensor_by_index(self.target, read_item.dest_offsets, read_item.lengths)
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        pass
-
-    def _not_planned(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError("the plan is made in TorchDist.read")
-
-    set_up_planner = create_local_plan = create_global_plan = finish_plan = load_bytes = _not_planned
 
 
 # Writing
@@ -134,7 +137,7 @@ class Part:
     size: tuple[int, ...]
     dtype: torch.dtype
     chunks: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # (offsets, sizes) of its pieces, without leading dimensions
-    read: Callable[[], torch.Tensor]
+    read: Callable[[], list[torch.Tensor]]  # its pieces, in the order of chunks
 
     @property
     def nbytes(self) -> int:
@@ -142,13 +145,13 @@ class Part:
 
 
 class _Plan(SavePlanner):
-    """Hands out the chunks of one file, reading a part when its first chunk is asked for and letting go of the part before."""
+    """Hands out the chunks of one file, in order, reading a part when its first chunk is asked for."""
 
     def __init__(self, parts: list[Part], objects: list[str], advance: Callable[[int], None]) -> None:
         self.advance = advance
         self.items: list[WriteItem] = []
         self._at: dict[MetadataIndex, tuple[Part, int]] = {}
-        self._held: tuple[Part, torch.Tensor] | None = None
+        self._pieces: list[torch.Tensor] = []  # still to write, of the part being written
         for part in parts:
             for number, (offsets, sizes) in enumerate(part.chunks):
                 chunk = ChunkStorageMetadata(torch.Size([*part.index, *offsets]), torch.Size([*[1] * len(part.index), *sizes]))
@@ -162,16 +165,11 @@ class _Plan(SavePlanner):
         if write_item.type == WriteItemType.BYTE_IO:
             return io.BytesIO(EMPTY_OBJECT)
         part, number = self._at[write_item.index]
-        if self._held is None or self._held[0] is not part:
-            self._held = None
-            self._held = (part, part.read())
-        offsets, sizes = part.chunks[number]
-        piece = self._held[1]
-        for dim, (start, size) in enumerate(zip(offsets, sizes, strict=True)):
-            piece = piece.narrow(dim, start, size)
-        piece = piece.contiguous()
+        if number == 0:
+            self._pieces = part.read()
+        piece = self._pieces.pop(0).contiguous()  # let go of once it is written
         self.advance(piece.nbytes)
-        return piece.view([*[1] * len(part.index), *sizes])
+        return piece.view([*[1] * len(part.index), *part.chunks[number][1]])
 
     def _not_planned(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError("the plan is made in its constructor")
@@ -206,7 +204,7 @@ def write(
     """Writes a torch_dist folder: the parts, in order, in files of about file_bytes each; `objects`, Megatron's empty ShardedObjects, by
     their unique keys; `common`, what is not sharded. advance is told the bytes written, `written` each file that is complete."""
     parts = list(parts)
-    writer = _Writer(folder, sync_files=True)
+    writer = _Writer(folder, sync_files=False)  # `written` does, while the next file is being written
     writer.set_up_storage_writer(True)
     plans = [_Plan(group, objects if not number else [], advance) for number, group in enumerate(_groups(parts, file_bytes))]
     saved = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(plan.items)) for plan in plans])

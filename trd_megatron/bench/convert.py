@@ -21,6 +21,7 @@ from trd_megatron.bench import convert_model, record
 from trd_megatron.bench.children import Child, receive
 from trd_megatron.bench.convert_child import Done, Job, Ready
 from trd_megatron.bench.convert_report import Row
+from trd_megatron.convert import commands
 from trd_megatron.convert.huggingface import Weights
 from trd_megatron.convert.operations import FILE_BYTES
 from trd_megatron.convert.output import SPARE
@@ -108,7 +109,7 @@ def _convert(job: Job, source: Path, target: Path, row: Row) -> None:
     shutil.rmtree(target, ignore_errors=True)
     log = target.with_name(f"{target.name}.log")
     start = time.perf_counter()
-    child = Child("convert_child", job, torch.get_num_threads(), log)
+    child = Child("convert_child", job, torch.get_num_threads(), log, commands.ENVIRONMENT)
     try:
         row.import_bytes = receive([child], Ready)[0].memory
         row.start_seconds.append(time.perf_counter() - start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,6 +22,9 @@ app = typer.Typer(
     "stays at one parameter, whatever the size of the model (docs/checkpoints.md).",
 )  # fmt: skip
 
+# Large pages for tensors, where the system gives them on request: most of a conversion is touching fresh memory. PyTorch reads this
+# when it is imported.
+ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 Dtype = Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}.", metavar="DTYPE", show_default="the source's")]
@@ -36,6 +40,12 @@ AllowPickle = Annotated[
 ]
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Most bytes of one safetensors file, e.g. 500MB.")]
 Model = Annotated[str, typer.Option(metavar="MODEL", help="Folder in Hugging Face layout, hub id or builtin:NAME.")]
+
+
+@app.callback()
+def _main() -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 @app.command("hf-to-megatron")

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,26 +37,41 @@ class _Safetensors:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            # pread: mapped pages of the whole file would count as this process's memory.
-            self._file: Any = safe_open(path, framework="pt", backend="pread")
+            with safe_open(path, framework="pt", backend="pread"):  # checks the header, and that the file is as long as it says
+                pass
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                self._tensors = json.loads(file.read(length))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}): copy it again") from None
+        self._tensors.pop("__metadata__", None)
+        self._data = 8 + length
 
     def names(self) -> Iterable[str]:
-        return self._file.keys()
+        return self._tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
+        return tuple(self._tensors[name]["shape"])
 
     def dtype(self, name: str) -> str:
-        stored = self._file.get_slice(name).get_dtype()
+        stored = self._tensors[name]["dtype"]
         return _DTYPES.get(stored, stored)
 
     def read(self, name: str) -> torch.Tensor:
+        # Not with get_tensor: mapped pages of the whole file would count as this process's memory, and with pread it makes a copy.
+        if (dtype := self.dtype(name)) not in _DTYPES.values():
+            raise UserError(f"{self.path}: {name} is stored as {dtype}; only {', '.join(_DTYPES.values())} are converted")
+        start, end = self._tensors[name]["data_offsets"]
+        tensor = torch.empty(end - start, dtype=torch.uint8)
         try:
-            return self._file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
+            with self.path.open("rb") as file:
+                file.seek(self._data + start)
+                found = file.readinto(tensor.numpy().data)
+        except OSError as error:
             raise UserError(f"{self.path}: {name} cannot be read ({error})") from None
+        if found != end - start:
+            raise UserError(f"{self.path} is truncated: copy it again")
+        return tensor.view(getattr(torch, dtype)).view(self.shape(name))
 
 
 class _Pickle:

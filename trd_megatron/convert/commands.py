@@ -19,7 +19,7 @@ app = typer.Typer(
     name="convert", no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False, add_completion=False,
     help="Convert checkpoints between Hugging Face and Megatron, merge adapters, look at and compare checkpoints.\n\n"
     "Everything is written to a temporary folder that becomes the output when it is whole. No GPU and no ranks are needed, and memory "
-    "stays at one parameter, whatever the size of the model (docs/checkpoints.md).",
+    "stays at two parameters, whatever the size of the model (docs/checkpoints.md).",
 )  # fmt: skip
 
 # Large pages for tensors, where the system gives them on request: most of a conversion is touching fresh memory. PyTorch reads this

@@ -1,8 +1,11 @@
 """Model folders in Hugging Face layout: read a tensor at a time, written in shards of safetensors with an index."""
 
+import contextlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +17,7 @@ from trd_megatron.convert import safetensors_file
 from trd_megatron.convert.architecture import Architecture
 from trd_megatron.convert.mapping import Entry, entries, expected_shapes
 from trd_megatron.convert.safetensors_file import Spec
-from trd_megatron.convert.source import Source
+from trd_megatron.convert.source import Source, ahead
 from trd_megatron.errors import UserError
 
 SHARD_BYTES = 2_000_000_000
@@ -231,7 +234,7 @@ def write(
     advance: Callable[[int], None] = lambda count: None,
     written: Callable[[Path], None] = lambda path: None,
 ) -> None:
-    """Writes a source as a Hugging Face folder, holding one parameter at a time. dtype None: the source's.
+    """Writes a source as a Hugging Face folder, holding one parameter and the next. dtype None: the source's.
 
     advance is told the bytes written, `written` each file of weights that is complete.
     """
@@ -247,27 +250,31 @@ def write(
             held = 0
         shards[-1].append(entry)
         held += size
+    for shard in shards:
+        shard.sort(key=lambda entry: -(dtype or source.dtype(entry)).itemsize)
     weight_map: dict[str, str] = {}
     total = 0
-    for number, shard in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        shard.sort(key=lambda entry: -(dtype or source.dtype(entry)).itemsize)
-        specs: dict[str, Spec] = {}
-        for entry in shard:
-            shapes = expected_shapes(entry, source.architecture)
-            specs |= {key: Spec(dtype or source.dtype(entry), shape) for key, shape in zip(entry.hf, shapes, strict=True)}
-        safetensors_file.write(folder / name, specs, _tensors(source, shard, dtype, advance))
-        written(folder / name)
-        weight_map |= dict.fromkeys(specs, name)
-        total += sum(spec.nbytes for spec in specs.values())
+    with contextlib.closing(ahead(partial(source.read, entry) for shard in shards for entry in shard)) as reads:
+        for number, shard in enumerate(shards, 1):
+            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            specs: dict[str, Spec] = {}
+            for entry in shard:
+                shapes = expected_shapes(entry, source.architecture)
+                specs |= {key: Spec(dtype or source.dtype(entry), shape) for key, shape in zip(entry.hf, shapes, strict=True)}
+            safetensors_file.write(folder / name, specs, _tensors(reads, len(shard), dtype, advance))
+            written(folder / name)
+            weight_map |= dict.fromkeys(specs, name)
+            total += sum(spec.nbytes for spec in specs.values())
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _tensors(source: Source, shard: list[Entry], dtype: torch.dtype | None, advance: Callable[[int], None]) -> Iterator[torch.Tensor]:
-    for entry in shard:
-        tensors = source.read(entry)
+def _tensors(
+    reads: Iterator[list[torch.Tensor]], count: int, dtype: torch.dtype | None, advance: Callable[[int], None]
+) -> Iterator[torch.Tensor]:
+    """The tensors of the next `count` parameters."""
+    for tensors in itertools.islice(reads, count):
         while tensors:  # taken out, so that nothing here holds what is written
             tensor = tensors.pop(0)
             tensor = tensor.to(dtype or tensor.dtype)

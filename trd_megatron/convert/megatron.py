@@ -119,7 +119,7 @@ def write(
     advance: Callable[[int], None],
     written: Callable[[Path], None],
 ) -> None:
-    """Writes a source as `folder`/release with Megatron's tracker file, holding one parameter at a time. dtype None: the source's.
+    """Writes a source as `folder`/release with Megatron's tracker file, holding one parameter and the next. dtype None: the source's.
 
     Tensors are stored in the chunks that ranks of tensor_model_parallel_size read; other sizes read them too. The vocabulary is padded
     to a multiple of that size. advance is told the bytes written, `written` each file of the checkpoint that is complete.

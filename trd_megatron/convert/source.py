@@ -1,12 +1,16 @@
 """Where weights come from: a model's tensors under their Hugging Face names, read one parameter of the name table at a time."""
 
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from trd_megatron.convert.architecture import Architecture
 from trd_megatron.convert.mapping import Entry
+
+T = TypeVar("T")
 
 
 class Source(Protocol):
@@ -23,3 +27,16 @@ class Source(Protocol):
     def read(self, entry: Entry) -> list[torch.Tensor]:
         """The whole tensors entry.hf, in order. Raises UserError if they cannot be read."""
         ...
+
+
+def ahead(reads: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
+    """What each of `reads` returns, in order; while one is written, a thread reads the next."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        current: Future[T] | None = None
+        for read in reads:
+            following = pool.submit(read)
+            if current is not None:
+                yield current.result()
+            current = following
+        if current is not None:
+            yield current.result()

@@ -5,6 +5,7 @@ parameter, of which the files hold chunks, and metadata.json names the format. P
 chunk by chunk instead of holding a whole state dict.
 """
 
+import contextlib
 import io
 import itertools
 import json
@@ -36,6 +37,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from trd_megatron.convert.safe_metadata import SafeReader
+from trd_megatron.convert.source import ahead
 from trd_megatron.errors import UserError
 
 Index = tuple[int, ...]
@@ -145,10 +147,10 @@ class Part:
 
 
 class _Plan(SavePlanner):
-    """Hands out the chunks of one file, in order, reading a part when its first chunk is asked for."""
+    """Hands out the chunks of one file, in order. reads: the pieces of this file's parts and of those after it."""
 
-    def __init__(self, parts: list[Part], objects: list[str], advance: Callable[[int], None]) -> None:
-        self.advance = advance
+    def __init__(self, parts: list[Part], reads: Iterator[list[torch.Tensor]], objects: list[str], advance: Callable[[int], None]) -> None:
+        self.reads, self.advance = reads, advance
         self.items: list[WriteItem] = []
         self._at: dict[MetadataIndex, tuple[Part, int]] = {}
         self._pieces: list[torch.Tensor] = []  # still to write, of the part being written
@@ -166,7 +168,7 @@ class _Plan(SavePlanner):
             return io.BytesIO(EMPTY_OBJECT)
         part, number = self._at[write_item.index]
         if number == 0:
-            self._pieces = part.read()
+            self._pieces = next(self.reads)
         piece = self._pieces.pop(0).contiguous()  # let go of once it is written
         self.advance(piece.nbytes)
         return piece.view([*[1] * len(part.index), *part.chunks[number][1]])
@@ -206,12 +208,13 @@ def write(
     parts = list(parts)
     writer = _Writer(folder, sync_files=False)  # `written` does, while the next file is being written
     writer.set_up_storage_writer(True)
-    plans = [_Plan(group, objects if not number else [], advance) for number, group in enumerate(_groups(parts, file_bytes))]
-    saved = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(plan.items)) for plan in plans])
-    results = []
-    for plan, items in zip(plans, saved, strict=True):
-        results.append(writer.write_data(items, plan).wait())
-        written(folder / results[-1][0].storage_data.relative_path)
+    with contextlib.closing(ahead(part.read for part in parts)) as reads:
+        plans = [_Plan(group, reads, objects if not number else [], advance) for number, group in enumerate(_groups(parts, file_bytes))]
+        saved = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(plan.items)) for plan in plans])
+        results = []
+        for plan, items in zip(plans, saved, strict=True):
+            results.append(writer.write_data(items, plan).wait())
+            written(folder / results[-1][0].storage_data.relative_path)
     writer.finish(_metadata(plans), results)
     torch.save(common, folder / "common.pt")
     versions = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}

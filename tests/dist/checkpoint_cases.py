@@ -79,12 +79,6 @@ def save_megatron(rank: int, folder: Path, out: Path, tp: int = 1, pp: int = 1, 
         dist_checkpointing.save(stage.gpt.sharded_state_dict(), str(out))
 
 
-def save_each(rank: int, saves: list[tuple]) -> None:
-    """save_megatron with each of these arguments, in one start of the ranks."""
-    for arguments in saves:
-        save_megatron(rank, *arguments)
-
-
 def load_megatron(
     rank: int, folder: Path, checkpoint: Path, tp: int = 1, pp: int = 1, ep: int = 1, ids: list[list[int]] | None = None
 ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
@@ -105,8 +99,12 @@ def load_megatron(
     return {stage._whole_name(name): loaded[name] for name, _ in stage.gpt.named_parameters()}, []
 
 
-def load_each(rank: int, loads: list[tuple]) -> list[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
-    return [load_megatron(rank, *arguments) for arguments in loads]
+def load_and_save(rank: int, loads: list[tuple], saves: list[tuple]) -> list[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
+    """load_megatron and save_megatron with each of these arguments, in one start of the ranks; returns what was loaded."""
+    loaded = [load_megatron(rank, *arguments) for arguments in loads]
+    for arguments in saves:
+        save_megatron(rank, *arguments)
+    return loaded
 
 
 def keys(rank: int, folders: list[Path]) -> list[dict[str, tuple[int, ...]]]:

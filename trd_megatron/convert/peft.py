@@ -135,4 +135,6 @@ def write(factors: dict[str, torch.Tensor], rank: int, alpha: float, base: str, 
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
+    settings = _read_json(folder / CONFIG) | {"target_modules": targets}  # PEFT writes a set, in another order each time
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save({_PREFIX + name: tensor.contiguous() for name, tensor in factors.items()}, folder / WEIGHTS)

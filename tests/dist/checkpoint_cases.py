@@ -18,6 +18,7 @@ from tests.dist.learner_cases import _logits, layout, start
 from trd_megatron.config import load
 from trd_megatron.convert.architecture import Architecture
 from trd_megatron.convert.mapping import entries, shard
+from trd_megatron.errors import UserError
 from trd_megatron.learner.model import Model, block_spec, gpt_model, transformer_config
 from trd_megatron.learner.parallel import Parallel
 from trd_megatron.learner.stack import Installed, choose
@@ -107,6 +108,17 @@ def load_megatron(
 
 def load_each(rank: int, loads: list[tuple]) -> list[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
     return [load_megatron(rank, *arguments) for arguments in loads]
+
+
+def refusals(rank: int, loads: list[tuple[Path, Path]]) -> list[str]:
+    """What the learner says to each (Hugging Face folder, checkpoint) that does not fit."""
+    messages = []
+    for folder, checkpoint in loads:
+        try:
+            load_megatron(rank, folder, checkpoint)
+        except UserError as error:
+            messages.append(str(error))
+    return messages
 
 
 def keys(rank: int, folders: list[Path]) -> list[dict[str, tuple[int, ...]]]:

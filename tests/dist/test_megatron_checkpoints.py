@@ -1,5 +1,7 @@
 """Megatron-Core's own checkpoints: the names of the name table, and weights that come back from any layout."""
 
+import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -43,3 +45,32 @@ def test_what_pipeline_stages_save_one_rank_loads(tmp_path: Path) -> None:
             assert torch.equal(parameter, shard(table[name], [tensors[one] for one in table[name].hf], architecture, 0, 1)), name
         for ours, theirs in zip(logits, merged_logits(folder, IDS), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder, out = tiny.make("qwen3", tmp_path / "qwen3"), tmp_path / "out"
+    run_ranks(1, cases.save_megatron, folder, out)
+    wider, other = tiny.make("qwen3", tmp_path / "wider", head_dim=16), tiny.make("qwen3-moe", tmp_path / "moe")
+    untagged, short, evil = (Path(shutil.copytree(out, tmp_path / name)) for name in ("untagged", "short", "evil"))
+    (untagged / "metadata.json").unlink()
+    next(short.glob("*.distcp")).unlink()
+    torch.save({"args": Unknown()}, evil / "common.pt")
+    loads = [(wider, out), (other, out), (folder, untagged), (folder, short), (folder, evil)]
+    [messages] = run_ranks(1, cases.refusals, loads)
+    for message, words in zip(
+        messages,
+        [
+            r"out: decoder\.layers\.self_attention\.linear_proj\.weight has shape \[2, 40, 48\], the model's config\.json says \[2, 40, 64\]",
+            r"out has no tensor decoder\.layers\.\S+: it is of another model",
+            r"untagged cannot be read: .* is not a distributed checkpoint",
+            r"short cannot be read: ",
+            r"common\.pt cannot be read: it names tests\.dist\.test_megatron_checkpoints\.Unknown, which is not loaded from a checkpoint",
+        ],
+        strict=True,
+    ):
+        assert re.search(words, message), message
+        assert "\n" not in message
+
+
+class Unknown:
+    """What no checkpoint needs."""

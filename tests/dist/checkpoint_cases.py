@@ -52,9 +52,9 @@ class Stage:
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Under their names in the whole model; a tied embedding's copy on the last stage is output_layer.weight."""
-        return {self._whole_name(name): parameter for name, parameter in self.gpt.named_parameters()}
+        return {self.whole_name(name): parameter for name, parameter in self.gpt.named_parameters()}
 
-    def _whole_name(self, name: str) -> str:
+    def whole_name(self, name: str) -> str:
         name = re.sub(r"^decoder\.layers\.(\d+)", lambda found: f"decoder.layers.{int(found[1]) + self._layers_before}", name)
         return re.sub(r"local_experts\.(\d+)", lambda found: f"local_experts.{int(found[1]) + self._experts_before}", name)
 
@@ -103,7 +103,7 @@ def load_megatron(
     state = {name: part for name, part in stage.gpt.sharded_state_dict().items() if not isinstance(part, ShardedObject)}
     with stage.parallel.megatron_device():
         loaded = dist_checkpointing.load(state, str(checkpoint))
-    return {stage._whole_name(name): loaded[name] for name, _ in stage.gpt.named_parameters()}, []
+    return {stage.whole_name(name): loaded[name] for name, _ in stage.gpt.named_parameters()}, []
 
 
 def load_each(rank: int, loads: list[tuple]) -> list[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:

@@ -18,6 +18,7 @@ from tests.dist.learner_cases import _logits, layout, start
 from trd_megatron.config import load
 from trd_megatron.convert.architecture import Architecture
 from trd_megatron.convert.mapping import entries, shard
+from trd_megatron.errors import UserError
 from trd_megatron.learner.model import Model, block_spec, gpt_model, transformer_config
 from trd_megatron.learner.parallel import Parallel
 from trd_megatron.learner.stack import Installed, choose
@@ -51,9 +52,9 @@ class Stage:
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Under their names in the whole model; a tied embedding's copy on the last stage is output_layer.weight."""
-        return {self._whole_name(name): parameter for name, parameter in self.gpt.named_parameters()}
+        return {self.whole_name(name): parameter for name, parameter in self.gpt.named_parameters()}
 
-    def _whole_name(self, name: str) -> str:
+    def whole_name(self, name: str) -> str:
         name = re.sub(r"^decoder\.layers\.(\d+)", lambda found: f"decoder.layers.{int(found[1]) + self._layers_before}", name)
         return re.sub(r"local_experts\.(\d+)", lambda found: f"local_experts.{int(found[1]) + self._experts_before}", name)
 
@@ -96,7 +97,7 @@ def load_megatron(
     state = {name: part for name, part in stage.gpt.sharded_state_dict().items() if not isinstance(part, ShardedObject)}
     with stage.parallel.megatron_device():
         loaded = dist_checkpointing.load(state, str(checkpoint))
-    return {stage._whole_name(name): loaded[name] for name, _ in stage.gpt.named_parameters()}, []
+    return {stage.whole_name(name): loaded[name] for name, _ in stage.gpt.named_parameters()}, []
 
 
 def load_and_save(rank: int, loads: list[tuple], saves: list[tuple]) -> list[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
@@ -107,9 +108,22 @@ def load_and_save(rank: int, loads: list[tuple], saves: list[tuple]) -> list[tup
     return loaded
 
 
-def keys(rank: int, folders: list[Path]) -> list[dict[str, tuple[int, ...]]]:
-    """Per model: name in a checkpoint -> shape, of all tensors that Megatron would save, on one rank."""
-    return [_keys(folder) for folder in folders]
+def refusals(rank: int, loads: list[tuple[Path, Path]]) -> list[str]:
+    """What the learner says to each (Hugging Face folder, checkpoint) that does not fit."""
+    messages = []
+    for folder, checkpoint in loads:
+        try:
+            load_megatron(rank, folder, checkpoint)
+        except UserError as error:
+            messages.append(str(error))
+    return messages
+
+
+def keys_and_refusals(
+    rank: int, folders: list[Path], loads: list[tuple[Path, Path]]
+) -> tuple[list[dict[str, tuple[int, ...]]], list[str]]:
+    """Per model: name in a checkpoint -> shape, of all tensors that Megatron would save, on one rank; and refusals(loads)."""
+    return [_keys(folder) for folder in folders], refusals(rank, loads)
 
 
 def _keys(folder: Path) -> dict[str, tuple[int, ...]]:

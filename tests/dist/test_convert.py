@@ -1,5 +1,7 @@
 """Conversion against Megatron-Core itself: it loads what we write and we read what it saves, at every parallel layout, bit by bit."""
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +98,32 @@ def assert_shards(folder: Path, parameters: dict[str, torch.Tensor], tp_rank: in
         assert torch.equal(parameter[:rows], expected[:rows]), name
 
 
-def test_megatron_saves_under_the_names_of_the_name_table(models: dict[str, Path]) -> None:
-    [found] = run_ranks(1, cases.keys, list(models.values()))
-    for folder, shapes in zip(models.values(), found, strict=True):
-        architecture = Architecture.from_hf(folder)
+class Unknown:
+    """What no checkpoint needs."""
+
+
+def test_names_are_megatrons_and_what_does_not_fit_is_refused_in_one_line(models: dict[str, Path], tmp_path: Path) -> None:
+    folder = models["qwen3"]
+    operations.hf_to_megatron(str(folder), tmp_path / "m")
+    out = checkpoint_folder(tmp_path / "m")
+    wider = tiny.make("qwen3", tmp_path / "wider", **SIZES | {"head_dim": 16})
+    untagged, short, evil = (Path(shutil.copytree(out, tmp_path / name)) for name in ("untagged", "short", "evil"))
+    (untagged / "metadata.json").unlink()
+    next(short.glob("*.distcp")).unlink()
+    torch.save({"args": Unknown()}, evil / "common.pt")
+    loads = [(wider, out), (models["qwen3-moe"], out), (folder, untagged), (folder, short), (folder, evil)]
+    [(found, messages)] = run_ranks(1, cases.keys_and_refusals, list(models.values()), loads)
+    expected = [
+        r"release: decoder\.layers\.self_attention\.linear_proj\.weight has shape \[2, 48, 144\], the model's config\.json says \[2, 48, 384\]",
+        r"release has no tensor decoder\.layers\.\S+: it is of another model",
+        r"untagged cannot be read: .* is not a distributed checkpoint",
+        r"short cannot be read: ",
+        r"common\.pt cannot be read: it names tests\.dist\.test_convert\.Unknown, which is not loaded from a checkpoint",
+    ]
+    for message, words in zip(messages, expected, strict=True):
+        assert re.search(words, message) and "\n" not in message, message
+    for one, shapes in zip(models.values(), found, strict=True):
+        architecture = Architecture.from_hf(one)
         table = list(entries(architecture))
         assert {entry.key for entry in table} == shapes.keys()
         for entry in table:  # stacked over layers (and experts)

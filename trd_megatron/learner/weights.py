@@ -4,10 +4,12 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor, apply_factories
 from megatron.core.models.gpt.gpt_model import GPTModel
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint import CheckpointException
 
 from trd_megatron.convert.architecture import Architecture
 from trd_megatron.convert.mapping import entries, expected_shapes, shard
@@ -56,8 +58,11 @@ def load_megatron(gpt: GPTModel, architecture: Architecture, parallel: Parallel,
     # Objects beside the weights (Transformer Engine's fp8 scales) are pickles: left out, the learner makes its own.
     state = {name: part for name, part in gpt.sharded_state_dict().items() if not isinstance(part, ShardedObject)}
     _check_shapes(state, architecture, checkpoint)
-    with parallel.megatron_device():
-        loaded = dist_checkpointing.load(state, str(checkpoint))
+    try:
+        with parallel.megatron_device():
+            loaded = dist_checkpointing.load(state, str(checkpoint))
+    except (CheckpointingException, CheckpointException) as error:
+        raise UserError(f"checkpoint {checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
     with torch.no_grad():
         for name, parameter in gpt.named_parameters():
             parameter.copy_(loaded[name])

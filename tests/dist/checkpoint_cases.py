@@ -12,17 +12,16 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from safetensors import safe_open
 
 from tests.dist.learner_cases import _logits, layout, start
 from trd_megatron.config import load
 from trd_megatron.convert.architecture import Architecture
+from trd_megatron.convert.huggingface import HuggingFace
 from trd_megatron.convert.mapping import entries, shard
 from trd_megatron.errors import UserError
 from trd_megatron.learner.model import Model, block_spec, gpt_model, transformer_config
 from trd_megatron.learner.parallel import Parallel
 from trd_megatron.learner.stack import Installed, choose
-from trd_megatron.learner.weights import tensor_files
 
 CONFIG = load(["experiment=smoke"])
 
@@ -61,12 +60,11 @@ class Stage:
     def fill(self, folder: Path) -> None:
         """The weights of a Hugging Face folder."""
         table = {entry.megatron: entry for entry in entries(self.architecture)}
-        files = tensor_files(folder)
+        source = HuggingFace(folder)
         for name, parameter in self.parameters().items():
             entry = table["embedding.word_embeddings.weight" if name == "output_layer.weight" and name not in table else name]
-            tensors = [safe_open(files[one], framework="pt").get_tensor(one) for one in entry.hf]
             with torch.no_grad():
-                parameter.copy_(shard(entry, tensors, self.architecture, self.parallel.tp_rank, self.parallel.tp_size))
+                parameter.copy_(shard(entry, source.read(entry), self.architecture, self.parallel.tp_rank, self.parallel.tp_size))
 
 
 def save_megatron(rank: int, folder: Path, out: Path, tp: int = 1, pp: int = 1, ep: int = 1) -> None:

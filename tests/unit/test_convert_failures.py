@@ -526,7 +526,7 @@ def test_the_wrong_kind_of_checkpoint(work: Path, refused: Refused) -> None:
 # The output
 
 
-def test_an_existing_output_is_kept(originals: Path, tmp_path: Path) -> None:
+def test_an_existing_output_is_kept(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_text("mine")
@@ -539,7 +539,8 @@ def test_an_existing_output_is_kept(originals: Path, tmp_path: Path) -> None:
             operations.hf_to_megatron(str(originals / "hf"), tmp_path / name)
     with pytest.raises(UserError, match=r"file.* cannot be made .*file.*: give another path"):
         operations.hf_to_megatron(str(originals / "hf"), tmp_path / "file" / "below")
-    with pytest.raises(UserError, match="is a mount point"), new_folder(Path("/proc/sys/../../dev/shm"), 0, {}):
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "empty")
+    with pytest.raises(UserError, match=r"empty is a mount point, .*: give a folder in it"), new_folder(tmp_path / "empty", 0, {}):
         pass
     assert listing(tmp_path) == before
     assert (tmp_path / "folder" / "file").read_text() == "mine"

@@ -2,7 +2,9 @@
 
 import io
 import os
+import struct
 import zipfile
+import zlib
 from typing import IO, Any, cast
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -18,12 +20,23 @@ class CheckedReader(SafeReader):
         if zipfile.is_zipfile(view):
             with zipfile.ZipFile(view) as archive:
                 for record in archive.infolist():
-                    if record.CRC:  # 0 where torch.serialization.set_crc32_options switched it off
-                        with archive.open(record) as stored:
-                            while stored.read(1 << 20):
-                                pass
+                    if record.CRC not in (0, _crc32(view, record)):  # 0: torch.serialization.set_crc32_options switched it off
+                        raise zipfile.BadZipFile(f"the CRC of {record.filename} in {file.name} is wrong")
         view.seek(0)
         return cast(IO[bytes], view)
+
+
+def _crc32(view: "_View", record: zipfile.ZipInfo) -> int:
+    """Of an uncompressed record, as PyTorch writes them; zipfile's own check takes three times as long."""
+    view.seek(record.header_offset + 26)
+    name, extra = struct.unpack("<HH", view.read(4))
+    view.seek(name + extra, os.SEEK_CUR)
+    buffer = memoryview(bytearray(1 << 20))
+    left, crc = record.file_size, 0
+    while left > 0 and (count := view.readinto(buffer[:left])):
+        crc = zlib.crc32(buffer[:count], crc)
+        left -= count
+    return crc
 
 
 class _View(io.RawIOBase):

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from trd_megatron.errors import UserError
-from trd_megatron.progress import output
+from trd_megatron.progress import output, printable
 
 if TYPE_CHECKING:  # `trd --help` does not wait for it
     import torch
@@ -74,7 +75,7 @@ def hf_to_megatron(
             dtype=_dtype(dtype),
             allow_pickle=allow_pickle,
         )
-    output.print(f"wrote {megatron_path}", highlight=False)
+    _wrote(megatron_path)
 
 
 @app.command("megatron-to-hf")
@@ -102,7 +103,7 @@ def megatron_to_hf(
     from trd_megatron.convert import operations
 
     operations.megatron_to_hf(megatron_path, hf_path, base_path=base_path, dtype=_dtype(dtype), max_shard_bytes=_bytes(max_shard_size))
-    output.print(f"wrote {hf_path}", highlight=False)
+    _wrote(hf_path)
 
 
 @app.command("merge-lora")
@@ -132,7 +133,7 @@ def merge_lora(
         allow_pickle=allow_pickle,
         max_shard_bytes=_bytes(max_shard_size),
     )
-    output.print(f"wrote {output_path}", highlight=False)
+    _wrote(output_path)
 
 
 @app.command("export-peft")
@@ -152,7 +153,7 @@ def export_peft(
     from trd_megatron.convert import operations
 
     operations.export_peft(megatron_path, output_path, base_path=base_path)
-    output.print(f"wrote {output_path}", highlight=False)
+    _wrote(output_path)
 
 
 @app.command()
@@ -200,6 +201,10 @@ def verify(
         raise typer.Exit(1)
 
 
+def _wrote(folder: Path) -> None:
+    output.print(Text(printable(f"wrote {folder}")), soft_wrap=True)
+
+
 def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
         raise UserError(f"--dtype {name}: it is one of {', '.join(DTYPES)}")
@@ -209,7 +214,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _bytes(size: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", size.upper())
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]+)?)\s*([KMG]?)B?", size.upper())
     if found is None or not float(found[1]):
         raise UserError(f"--max-shard-size {size}: give a size such as 500MB or 2GB")
     return int(float(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[found[2]])

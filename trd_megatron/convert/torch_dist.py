@@ -8,6 +8,7 @@ chunk by chunk instead of holding a whole state dict.
 import io
 import itertools
 import json
+import pickle
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from trd_megatron.convert.safe_metadata import SafeReader
+from trd_megatron.convert.checked_reader import CheckedReader
+from trd_megatron.convert.safe_metadata import METADATA
 from trd_megatron.errors import UserError
 
 Index = tuple[int, ...]
@@ -49,9 +51,16 @@ class TorchDist:
     def __init__(self, folder: Path) -> None:
         """Reads the metadata. Raises UserError if it is missing, damaged or unsafe, or if a file is missing or too short."""
         self.folder = folder
-        self._reader = SafeReader(folder)
+        self._reader = CheckedReader(folder)
         metadata = self._reader.read_metadata()
-        _check_files(folder, metadata)
+        try:
+            sound = all(_is_sound(entry) for entry in metadata.state_dict_metadata.values())
+            stored = [(info.relative_path, info.offset + info.length) for info in metadata.storage_data.values()]
+        except (AttributeError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise UserError(f"{folder / METADATA} is damaged: copy the checkpoint again")
+        _check_files(folder, stored)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self.tensors = {key: one for key, one in metadata.state_dict_metadata.items() if isinstance(one, TensorStorageMetadata)}
         self._chunks: dict[tuple[str, int], dict[Index, list[ChunkStorageMetadata]]] = {}
@@ -65,16 +74,20 @@ class TorchDist:
     def read(self, key: str, index: Index = ()) -> torch.Tensor:
         """What lies at `index` of a tensor's leading dimensions, put together from its chunks. Raises UserError if it is damaged."""
         entry, depth = self.tensors[key], len(index)
-        target = torch.empty(entry.size[depth:], dtype=entry.properties.dtype)
-        wanted = ChunkStorageMetadata(torch.Size([*index, *[0] * target.ndim]), torch.Size([*[1] * depth, *target.shape]))
+        shape = entry.size[depth:]
+        wanted = ChunkStorageMetadata(torch.Size([*index, *[0] * len(shape)]), torch.Size([*[1] * depth, *shape]))
         chunks = TensorStorageMetadata(entry.properties, entry.size, self._chunks_at(key, index))
         items = create_read_items_for_chunk_list(key, chunks, [wanted])
-        if sum(item.lengths.numel() for item in items) != target.numel():
+        if sum(item.lengths.numel() for item in items) != torch.Size(shape).numel():
             raise UserError(f"checkpoint {self.folder}: parts of {key} are missing; copy the checkpoint again")
         try:
+            target = torch.empty(shape, dtype=entry.properties.dtype)
             self._reader.read_data(LoadPlan(items), _Into(target.view(wanted.sizes))).wait()
-        except (OSError, RuntimeError, ValueError, EOFError, AssertionError) as error:
-            raise UserError(f"checkpoint {self.folder}: {key} cannot be read: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # a damaged file may raise anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if isinstance(error, pickle.UnpicklingError):  # PyTorch's message advises to load it all the same
+                reason = "it holds something other than a tensor"
+            raise UserError(f"checkpoint {self.folder}: {key} cannot be read ({reason}): copy the checkpoint again") from error
         return target
 
     def _chunks_at(self, key: str, index: Index) -> list[ChunkStorageMetadata]:
@@ -90,12 +103,25 @@ class TorchDist:
         return self._chunks[key, depth].get(index, [])
 
 
-def _check_files(folder: Path, metadata: Metadata) -> None:
+def _is_sound(entry: TensorStorageMetadata | BytesStorageMetadata) -> bool:
+    """Whether a tensor's chunks lie within it. Raises AttributeError, TypeError or ValueError where metadata are something else."""
+    if isinstance(entry, BytesStorageMetadata):
+        return True
+    within = all(
+        0 <= start <= start + size <= whole
+        for chunk in entry.chunks
+        for start, size, whole in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+    )
+    return within and isinstance(entry.size, torch.Size) and isinstance(entry.properties.dtype, torch.dtype)
+
+
+def _check_files(folder: Path, stored: list[tuple[str, int]]) -> None:
+    """stored: (file, end of what is stored in it)."""
     ends: dict[str, int] = defaultdict(int)
-    for info in (metadata.storage_data or {}).values():
-        if Path(info.relative_path).name != info.relative_path:
-            raise UserError(f"{folder}: its metadata names a file outside of it, {info.relative_path!r}: get the checkpoint from elsewhere")
-        ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
+    for name, end in stored:
+        if Path(name).name != name:
+            raise UserError(f"{folder}: its metadata names a file outside of it, {name!r}: get the checkpoint from elsewhere")
+        ends[name] = max(ends[name], end)
     for name, end in ends.items():
         path = folder / name
         if not path.is_file():
@@ -212,10 +238,17 @@ def write(
     saved = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(plan.items)) for plan in plans])
     results = []
     for plan, items in zip(plans, saved, strict=True):
-        results.append(writer.write_data(items, plan).wait())
+        try:
+            results.append(writer.write_data(items, plan).wait())
+        except RuntimeError as error:  # PyTorch hides a full disk behind its own complaint
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         written(folder / results[-1][0].storage_data.relative_path)
     writer.finish(_metadata(plans), results)
-    torch.save(common, folder / "common.pt")
+    packed = io.BytesIO()
+    torch.save(common, packed)
+    (folder / "common.pt").write_bytes(packed.getbuffer())
     versions = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
     (folder / "metadata.json").write_text(json.dumps(versions), encoding="utf-8")
     for name in (".metadata", "common.pt", "metadata.json"):

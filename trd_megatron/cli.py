@@ -17,7 +17,7 @@ from trd_megatron import __version__
 from trd_megatron.convert.commands import app as convert
 from trd_megatron.convert.commands import parse_bytes
 from trd_megatron.errors import UserError
-from trd_megatron.progress import console, output
+from trd_megatron.progress import console, output, printable
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -452,7 +452,9 @@ def _interrupted() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    text = Text("" if code == 130 else "error: ", style="red").append(message, style="default")  # Text: no markup in messages
+    lines = message.splitlines() if code == 1 else [message]  # what the user did wrong is one line, whatever names are in it
+    shown = "\n".join(map(printable, lines))
+    text = Text("" if code == 130 else "error: ", style="red").append(shown, style="default")  # Text: no markup in messages
     console.print(text, highlight=False, soft_wrap=True)
     sys.exit(code)
 

@@ -13,6 +13,11 @@ console = Console(stderr=True, width=None if sys.stderr.isatty() else WIDE)  # p
 output = Console(width=None if sys.stdout.isatty() else WIDE)  # what was asked for
 
 
+def printable(text: str) -> str:
+    """Text from a file or a path, for a terminal: control characters, line breaks among them, as escapes such as \\x1b."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class _Rate(ProgressColumn):
     """Items per second, and tokens per second where the task counts them."""
 

@@ -12,16 +12,16 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from safetensors import safe_open
 
 from tests.dist.learner_cases import _logits, layout, start
 from trd_megatron.config import load
 from trd_megatron.convert.architecture import Architecture
+from trd_megatron.convert.huggingface import HuggingFace
 from trd_megatron.convert.mapping import entries, shard
+from trd_megatron.errors import UserError
 from trd_megatron.learner.model import Model, block_spec, gpt_model, transformer_config
 from trd_megatron.learner.parallel import Parallel
 from trd_megatron.learner.stack import Installed, choose
-from trd_megatron.learner.weights import tensor_files
 
 CONFIG = load(["experiment=smoke"])
 
@@ -51,21 +51,20 @@ class Stage:
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """Under their names in the whole model; a tied embedding's copy on the last stage is output_layer.weight."""
-        return {self._whole_name(name): parameter for name, parameter in self.gpt.named_parameters()}
+        return {self.whole_name(name): parameter for name, parameter in self.gpt.named_parameters()}
 
-    def _whole_name(self, name: str) -> str:
+    def whole_name(self, name: str) -> str:
         name = re.sub(r"^decoder\.layers\.(\d+)", lambda found: f"decoder.layers.{int(found[1]) + self._layers_before}", name)
         return re.sub(r"local_experts\.(\d+)", lambda found: f"local_experts.{int(found[1]) + self._experts_before}", name)
 
     def fill(self, folder: Path) -> None:
         """The weights of a Hugging Face folder."""
         table = {entry.megatron: entry for entry in entries(self.architecture)}
-        files = tensor_files(folder)
+        source = HuggingFace(folder)
         for name, parameter in self.parameters().items():
             entry = table["embedding.word_embeddings.weight" if name == "output_layer.weight" and name not in table else name]
-            tensors = [safe_open(files[one], framework="pt").get_tensor(one) for one in entry.hf]
             with torch.no_grad():
-                parameter.copy_(shard(entry, tensors, self.architecture, self.parallel.tp_rank, self.parallel.tp_size))
+                parameter.copy_(shard(entry, source.read(entry), self.architecture, self.parallel.tp_rank, self.parallel.tp_size))
 
 
 def save_megatron(rank: int, folder: Path, out: Path, tp: int = 1, pp: int = 1, ep: int = 1) -> None:
@@ -77,12 +76,6 @@ def save_megatron(rank: int, folder: Path, out: Path, tp: int = 1, pp: int = 1, 
     torch.distributed.barrier()
     with stage.parallel.megatron_device():
         dist_checkpointing.save(stage.gpt.sharded_state_dict(), str(out))
-
-
-def save_each(rank: int, saves: list[tuple]) -> None:
-    """save_megatron with each of these arguments, in one start of the ranks."""
-    for arguments in saves:
-        save_megatron(rank, *arguments)
 
 
 def load_megatron(
@@ -102,16 +95,33 @@ def load_megatron(
     state = {name: part for name, part in stage.gpt.sharded_state_dict().items() if not isinstance(part, ShardedObject)}
     with stage.parallel.megatron_device():
         loaded = dist_checkpointing.load(state, str(checkpoint))
-    return {stage._whole_name(name): loaded[name] for name, _ in stage.gpt.named_parameters()}, []
+    return {stage.whole_name(name): loaded[name] for name, _ in stage.gpt.named_parameters()}, []
 
 
-def load_each(rank: int, loads: list[tuple]) -> list[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
-    return [load_megatron(rank, *arguments) for arguments in loads]
+def load_and_save(rank: int, loads: list[tuple], saves: list[tuple]) -> list[tuple[dict[str, torch.Tensor], list[torch.Tensor]]]:
+    """load_megatron and save_megatron with each of these arguments, in one start of the ranks; returns what was loaded."""
+    loaded = [load_megatron(rank, *arguments) for arguments in loads]
+    for arguments in saves:
+        save_megatron(rank, *arguments)
+    return loaded
 
 
-def keys(rank: int, folders: list[Path]) -> list[dict[str, tuple[int, ...]]]:
-    """Per model: name in a checkpoint -> shape, of all tensors that Megatron would save, on one rank."""
-    return [_keys(folder) for folder in folders]
+def refusals(rank: int, loads: list[tuple[Path, Path]]) -> list[str]:
+    """What the learner says to each (Hugging Face folder, checkpoint) that does not fit."""
+    messages = []
+    for folder, checkpoint in loads:
+        try:
+            load_megatron(rank, folder, checkpoint)
+        except UserError as error:
+            messages.append(str(error))
+    return messages
+
+
+def keys_and_refusals(
+    rank: int, folders: list[Path], loads: list[tuple[Path, Path]]
+) -> tuple[list[dict[str, tuple[int, ...]]], list[str]]:
+    """Per model: name in a checkpoint -> shape, of all tensors that Megatron would save, on one rank; and refusals(loads)."""
+    return [_keys(folder) for folder in folders], refusals(rank, loads)
 
 
 def _keys(folder: Path) -> dict[str, tuple[int, ...]]:

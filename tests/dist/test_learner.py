@@ -72,11 +72,11 @@ def test_merged_and_peft_logits_equal_the_students(ranks: int, place: cases.Layo
     base = merged_logits(folder, ids)
     lora = CONFIG.learner.lora
     peft.write(torch.load(tmp_path / "factors.pt"), lora.rank, lora.alpha, str(folder), tmp_path / "adapter")
-    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "adapter")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "adapter")
     for mine, merged, plain, one in zip(ours, merged_logits(tmp_path / "merged", ids), base, ids, strict=True):
         torch.testing.assert_close(mine, merged, rtol=0, atol=1e-4)
         with torch.no_grad():
-            torch.testing.assert_close(mine, peft(torch.tensor([one])).logits[0], rtol=0, atol=1e-4)
+            torch.testing.assert_close(mine, adapted(torch.tensor([one])).logits[0], rtol=0, atol=1e-4)
         assert (mine - plain).abs().max() > 0.1  # the adapter does something
 
 

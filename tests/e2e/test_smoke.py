@@ -113,6 +113,19 @@ def test_the_export_loads_and_differs_from_the_base(whole: Path) -> None:
     torch.testing.assert_close(adapted, student, rtol=0, atol=1e-4)
 
 
+def test_trd_convert_makes_what_the_export_stage_made(whole: Path, tmp_path: Path) -> None:
+    """Through the command line and from a checkpoint of the run."""
+    step = str(max((whole / "train/checkpoints").glob("step_*"), key=lambda path: int(path.name.removeprefix("step_"))))
+    convert = [sys.executable, "-m", "trd_megatron.cli", "convert"]
+    subprocess.run([*convert, "export-peft", "--megatron-path", step, "--output-path", tmp_path / "adapter"], check=True)
+    base = ["--base-path", "builtin:tiny-qwen3", "--adapter-path"]
+    subprocess.run([*convert, "merge-lora", *base, step, "--output-path", tmp_path / "merged"], check=True)
+    assert (tmp_path / "adapter/adapter_config.json").read_text() == (whole / "adapter/adapter_config.json").read_text()
+    for made, theirs in (("adapter/adapter_model.safetensors",) * 2, ("merged/model.safetensors", "hf/model.safetensors")):
+        ours, exported = load_file(tmp_path / made), load_file(whole / theirs)
+        assert ours.keys() == exported.keys() and all(torch.equal(ours[name], exported[name]) for name in ours)
+
+
 def test_the_same_command_again_skips_everything(copy: Path) -> None:
     before = finished(copy)
     result = trd(copy, *SMALL_SHARDS)

@@ -63,12 +63,13 @@ class Architecture:
     @staticmethod
     def from_hf(folder: Path) -> "Architecture":
         """Reads config.json. Raises UserError if the model is not one of SUPPORTED or has a part that is not carried over."""
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         try:
             config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}/config.json cannot be used: {str(error).splitlines()[0]}") from None
+        except (OSError, ValueError, TypeError, KeyError, RecursionError, StrictDataclassError) as error:
+            raise UserError(f"{folder}/config.json cannot be used: {' '.join(str(error).split())[:300]}") from None
         kind = config.model_type
         if kind not in SUPPORTED:
             raise UnsupportedError(f"{folder}: architecture '{kind}' is not supported; supported: {', '.join(SUPPORTED)}")
@@ -80,6 +81,7 @@ class Architecture:
             raise UserError(f"{folder}: use_sliding_window is not supported")
         if getattr(config, "quantization_config", None) is not None:
             raise UserError(f"{folder}: its weights are quantised; give the folder of the model in bfloat16 or float32")
+        _check_sizes(config, folder)
         heads = config.num_attention_heads
         return Architecture(
             model_type=kind,
@@ -152,6 +154,15 @@ class Architecture:
         layer = self.layer_weights(self.experts.count if self.experts is not None else 0) + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
+
+
+def _check_sizes(config: Any, folder: Path) -> None:
+    for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings"):
+        if getattr(config, key) < 1:
+            raise UserError(f"{folder}/config.json: {key} is {getattr(config, key)}, not a number above 0")
+    groups = config.num_key_value_heads or config.num_attention_heads
+    if groups < 1 or config.num_attention_heads % groups:
+        raise UserError(f"{folder}/config.json: num_key_value_heads={groups} does not divide {config.num_attention_heads} heads")
 
 
 def _rope(parameters: dict[str, Any], folder: Path) -> Rope:

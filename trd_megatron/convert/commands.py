@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from trd_megatron.errors import UserError
-from trd_megatron.progress import output
+from trd_megatron.progress import output, printable
 
 if TYPE_CHECKING:  # `trd --help` does not wait for it
     import torch
@@ -84,7 +85,7 @@ def hf_to_megatron(
             dtype=_dtype(dtype),
             allow_pickle=allow_pickle,
         )
-    output.print(f"wrote {megatron_path}", highlight=False)
+    _wrote(megatron_path)
 
 
 @app.command("megatron-to-hf")
@@ -114,7 +115,7 @@ def megatron_to_hf(
     operations.megatron_to_hf(
         megatron_path, hf_path, base_path=base_path, dtype=_dtype(dtype), max_shard_bytes=parse_bytes(max_shard_size, "--max-shard-size")
     )
-    output.print(f"wrote {hf_path}", highlight=False)
+    _wrote(hf_path)
 
 
 @app.command("merge-lora")
@@ -144,7 +145,7 @@ def merge_lora(
         allow_pickle=allow_pickle,
         max_shard_bytes=parse_bytes(max_shard_size, "--max-shard-size"),
     )
-    output.print(f"wrote {output_path}", highlight=False)
+    _wrote(output_path)
 
 
 @app.command("export-peft")
@@ -164,7 +165,7 @@ def export_peft(
     from trd_megatron.convert import operations
 
     operations.export_peft(megatron_path, output_path, base_path=base_path)
-    output.print(f"wrote {output_path}", highlight=False)
+    _wrote(output_path)
 
 
 @app.command()
@@ -212,6 +213,10 @@ def verify(
         raise typer.Exit(1)
 
 
+def _wrote(folder: Path) -> None:
+    output.print(Text(printable(f"wrote {folder}")), soft_wrap=True)
+
+
 def _dtype(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
         raise UserError(f"--dtype {name}: it is one of {', '.join(DTYPES)}")
@@ -222,7 +227,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def parse_bytes(size: str, option: str) -> int:
     """Bytes of a size such as 500MB. Raises UserError that names the option."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", size.upper())
+    found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]+)?)\s*([KMG]?)B?", size.upper())
     if found is None or not float(found[1]):
         raise UserError(f"{option} {size}: give a size such as 500MB or 2GB")
     return int(float(found[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[found[2]])

@@ -3,11 +3,12 @@
 import contextlib
 import itertools
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,7 +22,7 @@ from trd_megatron.convert.source import Source, ahead
 from trd_megatron.errors import UserError
 
 SHARD_BYTES = 2_000_000_000
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
 _NOT_COPIED = ("manifest.json", "conversion.json")  # of the folder they come from; and indices of its weights
@@ -62,8 +63,8 @@ class _Safetensors:
 
     def read(self, name: str) -> torch.Tensor:
         # Not with get_tensor: mapped pages of the whole file would count as this process's memory, and with pread it makes a copy.
-        if (dtype := self.dtype(name)) not in _DTYPES.values():
-            raise UserError(f"{self.path}: {name} is stored as {dtype}; only {', '.join(_DTYPES.values())} are converted")
+        dtype = self.dtype(name)
+        check_dtype(self.path, name, dtype)
         start, end = self._tensors[name]["data_offsets"]
         tensor = torch.empty(end - start, dtype=torch.uint8)
         try:
@@ -71,7 +72,7 @@ class _Safetensors:
                 file.seek(self._data + start)
                 found = file.readinto(tensor.numpy().data)
         except OSError as error:
-            raise UserError(f"{self.path}: {name} cannot be read ({error})") from None
+            raise UserError(f"{self.path}: {name} cannot be read ({error}): copy the file again") from None
         if found != end - start:
             raise UserError(f"{self.path} is truncated: copy it again")
         return tensor.view(getattr(torch, dtype)).view(self.shape(name))
@@ -84,8 +85,16 @@ class _Pickle:
         self.path = path
         try:
             self._tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        except pickle.UnpicklingError:  # PyTorch's message advises to load it all the same
+            raise UserError(
+                f"{path} is damaged, or holds objects other than tensors, which may run code: get the model elsewhere"
+            ) from None
         except Exception as error:  # a damaged file may raise anything
-            raise UserError(f"{path} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+            raise UserError(
+                f"{path} cannot be read ({(str(error).splitlines() or [type(error).__name__])[0]}): copy it again, or save it anew"
+            ) from None
+        if not isinstance(self._tensors, dict) or not all(map(_is_plain_tensor, self._tensors.values())):
+            raise UserError(f"{path} holds no weights by name: give the folder that save_pretrained wrote")
 
     def names(self) -> Iterable[str]:
         return self._tensors.keys()
@@ -98,6 +107,10 @@ class _Pickle:
 
     def read(self, name: str) -> torch.Tensor:
         return self._tensors[name].clone()
+
+
+def _is_plain_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided
 
 
 class Weights:
@@ -114,6 +127,10 @@ class Weights:
         for path in paths:
             shard = self._kind(path)
             for name in shard.names():
+                if name in self.files:
+                    raise UserError(
+                        f"{folder}: {name} lies in {self.files[name].name} and in {path.name}: delete the file that is too many"
+                    )
                 self.files[name], self.shapes[name], self.dtypes[name] = path, shard.shape(name), shard.dtype(name)
         index = folder / INDEX
         if index.exists():
@@ -147,10 +164,7 @@ class HuggingFace:
         found = {self._weights.dtypes[name] for name in entry.hf}
         if len(found) > 1:
             raise UserError(f"{self.path}: {', '.join(entry.hf)} have different dtypes and become one tensor: choose one with --dtype")
-        name = found.pop()
-        if name not in _DTYPES.values():
-            raise UserError(f"{self.path}: {entry.hf[0]} is stored as {name}; only {', '.join(_DTYPES.values())} are converted")
-        return getattr(torch, name)
+        return getattr(torch, found.pop())
 
     def read(self, entry: Entry) -> list[torch.Tensor]:
         return [self._weights.read(name) for name in entry.hf]
@@ -162,29 +176,45 @@ class HuggingFace:
             expected.update(entry.hf)
             for name, shape in zip(entry.hf, expected_shapes(entry, self.architecture), strict=True):
                 if name not in shapes:
-                    raise UserError(f"{self.path} has no tensor {name}: it does not fit its config.json")
+                    raise UserError(f"{self.path} has no tensor {name}: it does not fit its config.json, or was not copied whole")
                 if shapes[name] != shape:
-                    raise UserError(f"{self.path}: {name} has shape {shapes[name]}, its config.json says {shape}")
+                    raise UserError(f"{self.path}: {name} has shape {shapes[name]}, its config.json says {shape}: one is another model's")
+                check_dtype(self.path, name, self._weights.dtypes[name])
         for name in sorted(shapes.keys() - expected):
             if name == "lm_head.weight" and torch.equal(self._weights.read(name), self._weights.read("model.embed_tokens.weight")):
                 continue  # the tied output layer, written out
             if not name.endswith("rotary_emb.inv_freq"):  # older versions of transformers saved what follows from config.json
-                raise UserError(f"{self.path}: {name} has no place in the architecture of its config.json ({self.architecture.model_type})")
+                raise UserError(
+                    f"{self.path}: {name} has no place in the architecture of its config.json ({self.architecture.model_type}), "
+                    "which may be another model's"
+                )
+
+
+def check_dtype(path: Path, name: str, dtype: str) -> None:
+    """Raises UserError if a tensor holds no plain floating-point numbers: quantised ones mean nothing without their scales."""
+    if dtype not in _DTYPES.values():
+        raise UserError(f"{path}: {name} is stored as {dtype}; only {', '.join(_DTYPES.values())} are converted, not quantised weights")
 
 
 def _weight_files(folder: Path, allow_pickle: bool) -> tuple[list[Path], type[_Safetensors] | type[_Pickle]]:
-    index = folder / INDEX
+    index, single = folder / INDEX, folder / SINGLE
     if index.exists():
         paths = [folder / name for name in sorted(set(_weight_map(index).values()))]
+        if single.exists() and single not in paths:
+            raise UserError(f"{folder} has {SINGLE} and an index of other files: delete the one that is out of date")
         for path in paths:
             if not path.is_file():
                 raise UserError(f"{index} names {path.name}, which is missing: copy the folder again")
         return paths, _Safetensors
+    if single.exists():
+        return [single], _Safetensors
     if paths := sorted(folder.glob("*.safetensors")):
         return paths, _Safetensors
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if pickles and not allow_pickle:
-        raise UserError(f"{folder} has its weights in {pickles[0].name}, a pickle: --allow-pickle reads it, as weights only")
+        raise UserError(
+            f"{folder} has its weights in {pickles[0].name}, a pickle: hf-to-megatron and merge-lora read it with --allow-pickle"
+        )
     if not pickles:
         raise UserError(f"{folder} has no *.safetensors: give the folder that save_pretrained wrote")
     return pickles, _Pickle
@@ -210,9 +240,11 @@ def copy_companions(base: Path, folder: Path) -> None:
     for pattern in _COPIED:
         for path in base.glob(pattern):
             if path.name not in _NOT_COPIED and not path.name.endswith(".index.json"):
-                shutil.copy2(path, folder / path.name)
+                shutil.copyfile(path, folder / path.name)  # readable as new files are, whatever it was there
     if (base / "additional_chat_templates").is_dir():
-        shutil.copytree(base / "additional_chat_templates", folder / "additional_chat_templates", dirs_exist_ok=True)
+        (folder / "additional_chat_templates").mkdir(exist_ok=True)
+        for path in (base / "additional_chat_templates").glob("*.jinja"):
+            shutil.copyfile(path, folder / "additional_chat_templates" / path.name)
 
 
 def nbytes(source: Source, dtype: torch.dtype | None) -> int:
@@ -256,7 +288,7 @@ def write(
     total = 0
     with contextlib.closing(ahead(partial(source.read, entry) for shard in shards for entry in shard)) as reads:
         for number, shard in enumerate(shards, 1):
-            name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            name = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             specs: dict[str, Spec] = {}
             for entry in shard:
                 shapes = expected_shapes(entry, source.architecture)
@@ -284,8 +316,11 @@ def _tensors(
 
 
 def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes one safetensors file that others may read: the library makes it private."""
-    save_file(tensors, path, metadata={"format": "pt"})
+    """Writes one safetensors file that others may read: the library makes it private. Raises OSError if it cannot."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     path.chmod(0o644)
 
 

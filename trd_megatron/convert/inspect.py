@@ -18,6 +18,7 @@ from trd_megatron.convert.architecture import Architecture
 from trd_megatron.convert.huggingface import Weights
 from trd_megatron.convert.torch_dist import TorchDist
 from trd_megatron.errors import UserError
+from trd_megatron.progress import printable
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer or an expert
 
@@ -36,7 +37,7 @@ class _Tensor:
 def describe(path: Path, *, every: bool) -> Iterator[RenderableType]:
     """What to print of a checkpoint. Raises UserError if it is none, or if its headers cannot be read."""
     kind, tensors, facts = _read(path)
-    head = Table(title=Text(str(path)), show_header=False, title_justify="left")
+    head = Table(title=_text(path), show_header=False, title_justify="left")
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     rows: list[tuple[str, Any]] = [
         ("format", kind),
@@ -45,7 +46,7 @@ def describe(path: Path, *, every: bool) -> Iterator[RenderableType]:
         *facts,
     ]
     for name, value in rows:
-        head.add_row(name, Text(str(value)))
+        head.add_row(name, _text(value))
     yield head
     yield _table(tensors, every)
 
@@ -57,8 +58,13 @@ def _table(tensors: list[_Tensor], every: bool) -> Table:
         pattern = tensor.name if every else _NUMBER.sub("*", tensor.name)
         groups.setdefault((pattern, tensor.shape, tensor.dtype), []).append(tensor)
     for (pattern, shape, dtype), group in groups.items():
-        table.add_row(Text(pattern), Text(str(list(shape))), Text(dtype), str(len(group)))
+        table.add_row(_text(pattern), _text(list(shape)), _text(dtype), str(len(group)))
     return table
+
+
+def _text(value: Any) -> Text:
+    """As it is: what a file says is neither markup nor orders to the terminal."""
+    return Text(printable(str(value)))
 
 
 def _read(path: Path) -> tuple[str, list[_Tensor], list[tuple[str, Any]]]:
@@ -112,15 +118,23 @@ def _architecture(folder: Path) -> Iterator[tuple[str, Any]]:
 def _made_by(path: Path) -> Iterator[tuple[str, Any]]:
     manifest = path / output.MANIFEST
     if manifest.is_file():
-        made = json.loads(manifest.read_text(encoding="utf-8"))
-        yield "made by", ", ".join(f"{key} {value}" for key, value in made["made_by"].items())
-        yield "versions", ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+        try:
+            made = json.loads(manifest.read_text(encoding="utf-8"))
+            by, versions = (", ".join(f"{key} {value}" for key, value in made[key].items()) for key in ("made_by", "versions"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(f"{manifest} is damaged ({type(error).__name__}: {error}): copy the checkpoint again") from None
+        yield "made by", by
+        yield "versions", versions
 
 
 def _recorded(folder: Path) -> Iterator[tuple[str, Any]]:
     """Megatron-LM's flags, from our own run_config."""
     path = folder / run_config.RUN_CONFIG
     if path.is_file():
-        ours = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("trd_megatron", {})
-        if "megatron_lm_flags" in ours:
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({(str(error).splitlines() or [''])[0]}): copy the checkpoint again") from None
+        ours = content.get("trd_megatron") if isinstance(content, dict) else None  # Megatron-Bridge writes one without it
+        if isinstance(ours, dict) and "megatron_lm_flags" in ours:
             yield "Megatron-LM flags", ours["megatron_lm_flags"]

@@ -1,5 +1,6 @@
 """A model in a Megatron distributed checkpoint: read as a Source, and written."""
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from trd_megatron.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # Megatron-LM's name for a checkpoint of weights alone
+_WEIGHTS = ("embedding.", "decoder.", "output_layer.", "mtp.", "model.", "lm_head.")  # a model's, Megatron's and the learner's
 COMPANIONS = "tokenizer"  # Megatron-Bridge's name for the folder beside the weights; ours also has config.json
 
 
@@ -25,10 +27,14 @@ def checkpoint_folder(path: Path) -> Path:
     tracker = path / TRACKER
     if not tracker.is_file():
         raise UserError(f"{path} is no Megatron distributed checkpoint: it has neither .metadata nor {TRACKER}")
-    latest = tracker.read_text(encoding="utf-8").strip()
-    folder = path / (f"iter_{int(latest):07d}" if latest.isdigit() else RELEASE)
+    latest = tracker.read_text(encoding="utf-8", errors="replace")[:40].strip()
+    there = sorted(metadata.parent.name for metadata in path.glob("*/.metadata"))
+    way = f"give one of the folders in it: {', '.join(there)}" if there else "no folder in it is one (torch_dist has .metadata)"
+    if latest != RELEASE and not re.fullmatch("[0-9]+", latest):
+        raise UserError(f"{tracker} holds {latest!r}, which is neither a number nor {RELEASE}: {way}")
+    folder = path / (RELEASE if latest == RELEASE else f"iter_{int(latest):07d}")
     if not (folder / ".metadata").is_file():
-        raise UserError(f"{tracker} names {folder.name}, which is no distributed checkpoint (torch_dist has .metadata)")
+        raise UserError(f"{tracker} names {folder.name}, which is no distributed checkpoint: {way}")
     return folder
 
 
@@ -75,21 +81,42 @@ class Megatron:
         for key, index in _spellings(entry):
             if key in self._checkpoint.tensors:
                 return [(key, index)]
-        raise UserError(f"{self.path} has no tensor {entry.key}: it does not fit {self.companions / 'config.json'}")
+        raise self._without(entry.key)
+
+    def _without(self, key: str) -> UserError:
+        if any(".lora_" in name for name in self._checkpoint.tensors):
+            return UserError(f"{self.path} holds an adapter and no model: trd convert merge-lora or export-peft converts it")
+        return UserError(f"{self.path} has no tensor {key}: it does not fit {self._config}")
+
+    @property
+    def _config(self) -> Path:
+        return self.companions / "config.json"
 
     def _check(self) -> None:
-        for entry in entries(self.architecture):
+        a, used = self.architecture, set()
+        for entry in entries(a):
             places = self._places(entry)
-            a = self.architecture
             shapes = [megatron_shape(entry, a)] if self._is_megatrons else expected_shapes(entry, a)
             for (key, index), shape in zip(places, shapes, strict=True):
                 if key not in self._checkpoint.tensors:
-                    raise UserError(f"{self.path} has no tensor {key}: it does not fit {self.companions / 'config.json'}")
+                    raise self._without(key)
+                used.add(key)
                 found = self._checkpoint.shape(key)
-                if entry.kind == "vocab" and found[0] >= shape[0]:
+                stacked = _leading(entry, a)[len(entry.index) - len(index) :]
+                if entry.kind == "vocab" and found and found[0] >= shape[0]:
                     shape = (found[0], *shape[1:])  # padding
-                if found[len(index) :] != shape or any(place >= size for place, size in zip(index, found, strict=False)):
-                    raise UserError(f"{self.path}: {key} has shape {found}, {self.companions / 'config.json'} says {(*index, *shape)}")
+                if found != (*stacked, *shape):
+                    raise UserError(
+                        f"{self.path}: {key} has shape {found}, {self._config} says {(*stacked, *shape)}: it is another model's, "
+                        "give the right one with --base-path"
+                    )
+                huggingface.check_dtype(self.path, key, str(self._checkpoint.dtype(key)).removeprefix("torch."))
+        for key in sorted(self._checkpoint.tensors.keys() - used):
+            if key.startswith(_WEIGHTS):  # not the optimizer's
+                raise UserError(
+                    f"{self.path}: {key} has no place in the architecture of {self._config} ({a.model_type}): it is another model's, "
+                    "give the right one with --base-path"
+                )
 
 
 def _spellings(entry: Entry) -> Iterator[tuple[str, Index]]:

@@ -2,7 +2,10 @@
 
 import contextlib
 import os
+import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -51,24 +54,21 @@ def _synced_sha256(path: Path) -> str:
 def new_folder(target: Path, nbytes: int, made_by: dict[str, Any]) -> Iterator[Output]:
     """A temporary folder that becomes `target` when the block ends well; otherwise nothing is left of it.
 
-    nbytes: of the weights to be written. made_by: what the manifest says of how it was made. Raises UserError if target exists or the
-    disk has too little room.
+    nbytes: of the weights to be written. made_by: what the manifest says of how it was made. Raises UserError if target exists, if it
+    cannot be written, or if the disk has too little room.
     """
-    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
-        raise UserError(f"{target} exists: give another path, or delete it")
+    temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.tmp"
+    parents: list[Path] = []
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
-        if free < nbytes + SPARE:
-            raise UserError(
-                f"{target} needs {(nbytes + SPARE) / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free: make room, or give another path"
-            )
-        temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
-        temporary.mkdir()
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror}") from None
-    try:
+        try:
+            _check_free(target)
+            parents = [folder for folder in target.parents if not folder.exists()]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _check_room(target, nbytes)
+            temporary.mkdir()
+        except OSError as error:
+            where = error.filename if error.filename not in (None, str(temporary)) else target.parent
+            raise UserError(f"{target} cannot be made ({where}: {error.strerror}): give another path") from None
         with progress.byte_bar("writing", nbytes) as advance:
             output = Output(temporary, advance)
             try:
@@ -77,8 +77,53 @@ def new_folder(target: Path, nbytes: int, made_by: dict[str, Any]) -> Iterator[O
             finally:
                 output.abandon()
         write_json(temporary / MANIFEST, {"made_by": made_by, "versions": versions(), "files": files})
-        os.replace(temporary, target)
-    except OSError as error:  # a full disk, a quota
-        raise UserError(f"{target} could not be written ({error.strerror or error}); nothing is left of it") from error
+        _publish(temporary, target)
+    except OSError as error:  # a full disk, a quota, a source that cannot be copied
+        named = str(error.filename or "")
+        reason = error.strerror or str(error)
+        reason = reason if not named or Path(named).is_relative_to(temporary) else f"{named}: {reason}"
+        raise UserError(f"{target} could not be written ({reason}); nothing is left of it") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with _undisturbed():
+            shutil.rmtree(temporary, ignore_errors=True)
+            for folder in parents:
+                with contextlib.suppress(OSError):  # not empty: it holds the target
+                    folder.rmdir()
+
+
+def _check_free(target: Path) -> None:
+    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+        raise UserError(f"{target} exists: give another path, or delete it")
+    if target.is_mount():
+        raise UserError(f"{target} is a mount point, which cannot be replaced: give a folder in it")
+
+
+def _check_room(target: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < nbytes + SPARE:
+        raise UserError(
+            f"{target} needs {(nbytes + SPARE) / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB free: make room, or give another path"
+        )
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    try:
+        os.replace(temporary, target)  # an empty folder gives way
+    except OSError:
+        if target.exists() or target.is_symlink():
+            raise UserError(f"{target} was made by another process meanwhile: look at what it is, or give another path") from None
+        raise
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait: a second one would stop the deletion that the first one started."""
+    if threading.current_thread() is not threading.main_thread():  # never interrupted
+        yield
+        return
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)

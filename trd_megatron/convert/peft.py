@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from trd_megatron.convert.huggingface import save
+from trd_megatron.convert.huggingface import check_dtype, save
 from trd_megatron.convert.torch_dist import TorchDist
 from trd_megatron.errors import UserError
 
@@ -18,6 +18,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 STATE = "state.json"  # of a checkpoint of the learner
 _FACTOR = re.compile(r"(model\.layers\.\d+\..*\w+_proj|lm_head)\.lora_[AB]\.weight")
 _PREFIX = "base_model.model."
+# What PEFT's LORA can be beyond weight + scale * B A, by the key of adapter_config.json that switches it on.
+_NOT_PLAIN = (
+    "alora_invocation_tokens", "arrow_config", "fan_in_fan_out", "kasa_config", "layer_replication", "lora_bias", "modules_to_save",
+    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
+)  # fmt: skip
+_CHANGE_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")  # what they take out of the base's weights is not saved
 
 
 @dataclass(frozen=True)
@@ -51,20 +57,27 @@ def read(path: Path) -> Adapter:
         return read_peft(path)
     if (path / STATE).is_file():
         return read_checkpoint(path)
-    steps = sorted(folder.name for folder in path.glob("step_*"))
-    hint = (
-        f": give one of its {', '.join(steps)}" if steps else f": it has neither {CONFIG} (PEFT) nor {STATE} (a checkpoint of the learner)"
+    raise UserError(
+        f"{path} holds no adapter{_steps(path) or f': it has neither {CONFIG} (PEFT) nor {STATE} (a checkpoint of the learner)'}"
     )
-    raise UserError(f"{path} holds no adapter{hint}")
+
+
+def _steps(path: Path) -> str:
+    steps = sorted(folder.name for folder in path.glob("step_*"))
+    return f": give one of its {', '.join(steps)}" if steps else ""
 
 
 def read_checkpoint(folder: Path) -> Adapter:
     """The adapter in train/checkpoints/step_<n>. Needs no ranks and no Megatron. Raises UserError if there is none or it is damaged."""
+    if not (folder / STATE).is_file():
+        raise UserError(f"{folder} is no checkpoint of the learner, it has no {STATE}{_steps(folder) or ': give train/checkpoints/step_N'}")
     settings = _read_json(folder / STATE).get("lora")
     if settings is None:
         raise UserError(f"checkpoint {folder} holds no adapter: every parameter was trained, or an earlier version saved it")
-    factors = read_factors(folder)
-    return _adapter(folder, factors, settings["rank"], settings["alpha"], settings["base"], settings["alpha"] / settings["rank"])
+    if not isinstance(settings, dict):
+        raise UserError(f"{folder / STATE}: lora is {settings!r}: copy the checkpoint again")
+    rank, alpha = _rank_alpha(folder / STATE, settings, "rank", "alpha")
+    return _adapter(folder, read_factors(folder), rank, alpha, str(settings.get("base") or ""), alpha / rank)
 
 
 def read_factors(folder: Path) -> dict[str, torch.Tensor]:
@@ -82,6 +95,10 @@ def _adapter(path: Path, factors: dict[str, torch.Tensor], rank: int, alpha: flo
         for name in (f"{module}.lora_A.weight", f"{module}.lora_B.weight"):
             if name not in factors:
                 raise UserError(f"{path} has no {name}: copy the adapter again")
+    for name, factor in factors.items():
+        if factor.ndim != 2 or factor.shape[1 if "lora_B" in name else 0] != rank:
+            raise UserError(f"{path}: {name} has shape {tuple(factor.shape)}, which is no factor of rank {rank}: copy the adapter again")
+        check_dtype(path, name, str(factor.dtype).removeprefix("torch."))
     return Adapter(path, factors, dict.fromkeys(modules, scale), rank, alpha, base)
 
 
@@ -90,16 +107,23 @@ def read_peft(folder: Path) -> Adapter:
     config = _read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{folder / CONFIG}: peft_type {config.get('peft_type')} cannot be merged, only LORA")
-    plain = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "lora_bias": False}
-    for key, value in plain.items():
-        if config.get(key, value) not in (value, None, []):
-            raise UserError(f"{folder / CONFIG}: {key}={config[key]} cannot be merged")
+    if config.get("bias", "none") != "none":
+        raise UserError(f"{folder / CONFIG}: bias={config['bias']!r} is not supported: only plain LoRA on linear layers is")
+    for key in _NOT_PLAIN:
+        if config.get(key):
+            raise UserError(f"{folder / CONFIG}: {key}={config[key]!r} is not supported: only plain LoRA on linear layers is")
     for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key):
-            raise UserError(f"{folder / CONFIG}: {key} cannot be merged: all matrices need one rank and one alpha")
+            raise UserError(f"{folder / CONFIG}: {key} is not supported: all matrices need one rank and one alpha")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.startswith(_CHANGE_BASE):
+        raise UserError(
+            f"{folder / CONFIG}: init_lora_weights={start!r} changes the base model too: save the adapter as plain LoRA, "
+            "with path_initial_model_for_weight_conversion"
+        )
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder} has no {WEIGHTS}: save the adapter with save_pretrained (as safetensors)")
-    rank, alpha = config["r"], config["lora_alpha"]
+    rank, alpha = _rank_alpha(folder / CONFIG, config, "r", "lora_alpha")
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             factors = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -109,14 +133,26 @@ def read_peft(folder: Path) -> Adapter:
         if not _FACTOR.fullmatch(name):
             raise UserError(f"{folder / WEIGHTS}: {name} is no LoRA factor of a linear layer and cannot be merged")
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return _adapter(folder, factors, rank, alpha, config.get("base_model_name_or_path") or "", scale)
+    return _adapter(folder, factors, rank, alpha, str(config.get("base_model_name_or_path") or ""), scale)
+
+
+def _rank_alpha(path: Path, settings: dict[str, Any], rank: str, alpha: str) -> tuple[int, float]:
+    r, a = settings.get(rank), settings.get(alpha)
+    if not isinstance(r, int) or r < 1:
+        raise UserError(f"{path}: {rank} is {r!r}, not a number above 0: copy the adapter again")
+    if not isinstance(a, int | float) or not math.isfinite(a):
+        raise UserError(f"{path}: {alpha} is {a!r}, not a number: copy the adapter again")
+    return r, a
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): copy it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} does not hold a JSON object: copy it again")
+    return content
 
 
 def write(factors: dict[str, torch.Tensor], rank: int, alpha: float, base: str, folder: Path) -> None:
@@ -135,4 +171,6 @@ def write(factors: dict[str, torch.Tensor], rank: int, alpha: float, base: str, 
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
+    settings = _read_json(folder / CONFIG) | {"target_modules": targets}  # PEFT writes a set, in another order each time
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     save({_PREFIX + name: tensor.contiguous() for name, tensor in factors.items()}, folder / WEIGHTS)

@@ -36,7 +36,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from trd_megatron.convert.safe_metadata import SafeReader
+from trd_megatron.convert.checked_reader import CheckedReader
+from trd_megatron.convert.safe_metadata import METADATA
 from trd_megatron.convert.source import ahead
 from trd_megatron.errors import UserError
 
@@ -49,9 +50,18 @@ class TorchDist:
     def __init__(self, folder: Path) -> None:
         """Reads the metadata. Raises UserError if it is missing, damaged or unsafe, or if a file is missing or too short."""
         self.folder = folder
-        self._reader = SafeReader(folder)
+        self._reader = CheckedReader(folder)
         metadata = self._reader.read_metadata()
-        _check_files(folder, metadata)
+        try:
+            sound = all(_is_sound(entry) for entry in metadata.state_dict_metadata.values())
+            stored = [(info.relative_path, info.offset + info.length) for info in metadata.storage_data.values()]
+        except (AttributeError, TypeError, ValueError):
+            sound = False
+        if not sound:
+            raise UserError(f"{folder / METADATA} is damaged: copy the checkpoint again")
+        _check_files(folder, stored)
+        if any(info.transform_descriptors for info in metadata.storage_data.values()):
+            raise UserError(f"{folder} was saved with extensions of PyTorch's writer, which are not read: save it without them")
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self.tensors = {key: one for key, one in metadata.state_dict_metadata.items() if isinstance(one, TensorStorageMetadata)}
         self._chunks: dict[tuple[str, int], dict[Index, list[ChunkStorageMetadata]]] = {}
@@ -78,24 +88,29 @@ class TorchDist:
             raise UserError(f"checkpoint {self.folder}: parts of {key} are missing; copy the checkpoint again")
         if len(items) == 1 and wanted in stored:
             return self._load(key, wanted, items[0].storage_index).reshape(shape)  # as it lies there, without a copy
-        target = torch.empty(wanted.sizes, dtype=entry.properties.dtype)
+        target: torch.Tensor | None = None
         for item in items:
             assert item.storage_index.index is not None
             chunk = self._load(key, stored[item.storage_index.index], item.storage_index)
+            if target is None:  # not before: the file has shown that the metadata tell no tales about sizes
+                target = torch.empty(wanted.sizes, dtype=entry.properties.dtype)
             part = narrow_tensor_by_index(chunk, item.storage_offsets, item.lengths)
             narrow_tensor_by_index(target, item.dest_offsets, item.lengths).copy_(part)
-        return target.view(shape)
+        return torch.empty(shape, dtype=entry.properties.dtype) if target is None else target.view(shape)
 
     def _load(self, key: str, chunk: ChunkStorageMetadata, index: MetadataIndex) -> torch.Tensor:
         """A whole chunk, as torch.save wrote it somewhere in a file."""
-        info = self._reader.storage_data[index]
         try:
+            info = self._reader.storage_data[index]
             with (self.folder / info.relative_path).open("rb") as stream:
                 found = torch.load(self._reader._slice_file(stream, info), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"checkpoint {self.folder}: {key} cannot be read: {str(error).splitlines()[0]}") from error
-        if not isinstance(found, torch.Tensor) or (found.shape, found.dtype) != (chunk.sizes, self.dtype(key)):
-            raise UserError(f"checkpoint {self.folder}: {key} cannot be read: it is not what .metadata says; copy the checkpoint again")
+            if (found.shape, found.dtype) != (chunk.sizes, self.dtype(key)):
+                raise ValueError(f"{tuple(found.shape)} of {found.dtype}, which is not what {METADATA} says")
+        except Exception as error:  # a damaged file may raise anything
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if isinstance(error, pickle.UnpicklingError):  # PyTorch's message advises to load it all the same
+                reason = "it holds something other than a tensor"
+            raise UserError(f"checkpoint {self.folder}: {key} cannot be read ({reason}): copy the checkpoint again") from error
         return found
 
     def _chunks_at(self, key: str, index: Index) -> list[ChunkStorageMetadata]:
@@ -111,14 +126,25 @@ class TorchDist:
         return self._chunks[key, depth].get(index, [])
 
 
-def _check_files(folder: Path, metadata: Metadata) -> None:
+def _is_sound(entry: TensorStorageMetadata | BytesStorageMetadata) -> bool:
+    """Whether a tensor's chunks lie within it. Raises AttributeError, TypeError or ValueError where metadata are something else."""
+    if isinstance(entry, BytesStorageMetadata):
+        return True
+    within = all(
+        0 <= start <= start + size <= whole
+        for chunk in entry.chunks
+        for start, size, whole in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+    )
+    return within and isinstance(entry.size, torch.Size) and isinstance(entry.properties.dtype, torch.dtype)
+
+
+def _check_files(folder: Path, stored: list[tuple[str, int]]) -> None:
+    """stored: (file, end of what is stored in it)."""
     ends: dict[str, int] = defaultdict(int)
-    for info in (metadata.storage_data or {}).values():
-        if Path(info.relative_path).name != info.relative_path:
-            raise UserError(f"{folder}: its metadata names a file outside of it, {info.relative_path!r}: get the checkpoint from elsewhere")
-        if info.transform_descriptors:
-            raise UserError(f"{folder}: its tensors are stored with {', '.join(info.transform_descriptors)}: save them without extensions")
-        ends[info.relative_path] = max(ends[info.relative_path], info.offset + info.length)
+    for name, end in stored:
+        if Path(name).name != name:
+            raise UserError(f"{folder}: its metadata names a file outside of it, {name!r}: get the checkpoint from elsewhere")
+        ends[name] = max(ends[name], end)
     for name, end in ends.items():
         path = folder / name
         if not path.is_file():
@@ -213,10 +239,17 @@ def write(
         saved = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(plan.items)) for plan in plans])
         results = []
         for plan, items in zip(plans, saved, strict=True):
-            results.append(writer.write_data(items, plan).wait())
+            try:
+                results.append(writer.write_data(items, plan).wait())
+            except RuntimeError as error:  # PyTorch hides a full disk behind its own complaint
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
             written(folder / results[-1][0].storage_data.relative_path)
     writer.finish(_metadata(plans), results)
-    torch.save(common, folder / "common.pt")
+    packed = io.BytesIO()
+    torch.save(common, packed)
+    (folder / "common.pt").write_bytes(packed.getbuffer())
     versions = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
     (folder / "metadata.json").write_text(json.dumps(versions), encoding="utf-8")
     for name in (".metadata", "common.pt", "metadata.json"):

@@ -207,7 +207,7 @@ class Model:
         megatron = transformer_config(self.architecture, config, parallel, stack, offloaded)
         self.gpt = gpt_model(self.architecture, megatron, block_spec(self.architecture, stack))
         if checkpoint is None:
-            load_hf(self.gpt, self.architecture, parallel, folder)
+            load_hf(self.gpt, parallel, folder)
         else:
             load_megatron(self.gpt, self.architecture, parallel, checkpoint)
         self.gpt.requires_grad_(trainable)

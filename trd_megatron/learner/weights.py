@@ -4,48 +4,29 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict, ShardedTensor, apply_factories
 from megatron.core.models.gpt.gpt_model import GPTModel
-from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint import CheckpointException
 
 from trd_megatron.convert.architecture import Architecture
-from trd_megatron.convert.mapping import entries, expected_shapes, shard
+from trd_megatron.convert.huggingface import HuggingFace
+from trd_megatron.convert.mapping import entries, shard
 from trd_megatron.convert.safe_metadata import check_checkpoint
 from trd_megatron.errors import UserError
 from trd_megatron.learner.parallel import Parallel
 
 
-def load_hf(gpt: GPTModel, architecture: Architecture, parallel: Parallel, folder: Path) -> None:
+def load_hf(gpt: GPTModel, parallel: Parallel, folder: Path) -> None:
     """Raises UserError if the folder's tensors do not fit its config.json."""
     parameters = dict(gpt.named_parameters())
-    files = tensor_files(folder)
-    for entry in entries(architecture):
-        tensors = []
-        for name, shape in zip(entry.hf, expected_shapes(entry, architecture), strict=True):
-            if name not in files:
-                raise UserError(f"{folder} has no tensor {name}: it does not fit its config.json")
-            with safe_open(files[name], framework="pt") as file:
-                tensor = file.get_tensor(name)
-            if tuple(tensor.shape) != shape:
-                raise UserError(f"{folder}: {name} has shape {tuple(tensor.shape)}, its config.json says {shape}")
-            tensors.append(tensor)
+    source = HuggingFace(folder)
+    for entry in entries(source.architecture):
         parameter = parameters.pop(entry.megatron)
         with torch.no_grad():
-            parameter.copy_(shard(entry, tensors, architecture, parallel.tp_rank, parallel.tp_size))
+            parameter.copy_(shard(entry, source.read(entry), source.architecture, parallel.tp_rank, parallel.tp_size))
     assert not parameters, f"parameters without a source: {sorted(parameters)}"
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the headers of all safetensors files of the folder."""
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                files.update(dict.fromkeys(file.keys(), path))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
-    return files
 
 
 def load_megatron(gpt: GPTModel, architecture: Architecture, parallel: Parallel, checkpoint: Path) -> None:
@@ -56,8 +37,11 @@ def load_megatron(gpt: GPTModel, architecture: Architecture, parallel: Parallel,
     # Objects beside the weights (Transformer Engine's fp8 scales) are pickles: left out, the learner makes its own.
     state = {name: part for name, part in gpt.sharded_state_dict().items() if not isinstance(part, ShardedObject)}
     _check_shapes(state, architecture, checkpoint)
-    with parallel.megatron_device():
-        loaded = dist_checkpointing.load(state, str(checkpoint))
+    try:
+        with parallel.megatron_device():
+            loaded = dist_checkpointing.load(state, str(checkpoint))
+    except (CheckpointingException, CheckpointException) as error:
+        raise UserError(f"checkpoint {checkpoint} cannot be read: {str(error).splitlines()[0]}") from error
     with torch.no_grad():
         for name, parameter in gpt.named_parameters():
             parameter.copy_(loaded[name])

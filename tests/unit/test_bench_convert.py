@@ -113,9 +113,9 @@ def test_ratio_and_table() -> None:
     cells = [list(column.cells) for column in convert_report.table([row], "").columns]
     assert cells == [
         ["hf-to-megatron"],
-        ["8.00 (7.00-9.00)"],
-        ["5.00 (4.00-6.00)"],
-        ["2.00 (1.00-3.00)"],
+        ["8.0 (7.0-9.0)"],
+        ["5.0 (4.0-6.0)"],
+        ["2.0 (1.0-3.0)"],
         ["1,000"],
         ["0.62"],
         ["4.0"],

@@ -35,9 +35,9 @@ class Row:
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
-    """A line per conversion; seconds as median (least-most)."""
+    """A line per conversion; seconds as median (least-most), speed against cp with sync."""
     grid = Table("conversion", title=title)
-    for column in ("s", "cp + sync, s", "cp alone, s", "MB/s", "speed / cp + sync", "start, s", "peak GB", "after imports"):
+    for column in ("s", "cp + sync, s", "cp alone, s", "MB/s", "of cp's speed", "start, s", "peak GB", "after imports"):
         grid.add_column(column, justify="right")
     for row in rows:
         cells = [
@@ -55,4 +55,5 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
 
 def _spread(seconds: Sequence[float]) -> str:
-    return f"{statistics.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f})"
+    digits = 1 if min(seconds) >= 1 else 2
+    return f"{statistics.median(seconds):.{digits}f} ({min(seconds):.{digits}f}-{max(seconds):.{digits}f})"

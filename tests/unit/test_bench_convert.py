@@ -13,8 +13,8 @@ from tests.unit.test_cli import trd
 from trd_megatron.bench import convert, convert_model, convert_report
 from trd_megatron.bench.convert_report import Row
 from trd_megatron.convert import operations, safetensors_file
-from trd_megatron.convert.huggingface import Weights
 from trd_megatron.convert.safetensors_file import Spec
+from trd_megatron.convert.weight_files import Weights
 from trd_megatron.errors import UserError
 
 

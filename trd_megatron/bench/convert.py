@@ -22,9 +22,9 @@ from trd_megatron.bench.children import Child, receive
 from trd_megatron.bench.convert_child import Done, Job, Ready
 from trd_megatron.bench.convert_report import Row
 from trd_megatron.convert import commands
-from trd_megatron.convert.huggingface import Weights
 from trd_megatron.convert.operations import FILE_BYTES
 from trd_megatron.convert.output import SPARE
+from trd_megatron.convert.weight_files import Weights
 from trd_megatron.errors import UserError
 from trd_megatron.progress import bar
 from trd_megatron.run_dir import write_json

@@ -15,8 +15,8 @@ from rich.text import Text
 
 from trd_megatron.convert import megatron, output, peft, run_config
 from trd_megatron.convert.architecture import Architecture
-from trd_megatron.convert.huggingface import Weights
 from trd_megatron.convert.torch_dist import TorchDist
+from trd_megatron.convert.weight_files import Weights
 from trd_megatron.errors import UserError
 from trd_megatron.progress import printable
 

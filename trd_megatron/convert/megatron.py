@@ -12,6 +12,7 @@ from trd_megatron.convert.architecture import Architecture
 from trd_megatron.convert.mapping import LAYERS, Entry, entries, expected_shapes, fuse_local, megatron_shape, shard_dim, split_local
 from trd_megatron.convert.source import Source
 from trd_megatron.convert.torch_dist import Index, Part, TorchDist
+from trd_megatron.convert.weight_files import check_dtype
 from trd_megatron.errors import UserError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -110,7 +111,7 @@ class Megatron:
                         f"{self.path}: {key} has shape {found}, {self._config} says {(*stacked, *shape)}: it is another model's, "
                         "give the right one with --base-path"
                     )
-                huggingface.check_dtype(self.path, key, str(self._checkpoint.dtype(key)).removeprefix("torch."))
+                check_dtype(self.path, key, str(self._checkpoint.dtype(key)).removeprefix("torch."))
         for key in sorted(self._checkpoint.tensors.keys() - used):
             if key.startswith(_WEIGHTS):  # not the optimizer's
                 raise UserError(

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from trd_megatron.convert.huggingface import check_dtype, save
+from trd_megatron.convert.huggingface import save
 from trd_megatron.convert.torch_dist import TorchDist
+from trd_megatron.convert.weight_files import check_dtype
 from trd_megatron.errors import UserError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""Reading the tensors of a torch_dist checkpoint with their checksums, which PyTorch writes into every file and does not look at."""
+"""Reading what torch.save wrote with its checksums, which PyTorch writes into every file and does not look at."""
 
 import io
 import os
@@ -7,23 +7,17 @@ import zipfile
 import zlib
 from typing import IO, Any, cast
 
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from trd_megatron.convert.safe_metadata import SafeReader
-
-
-class CheckedReader(SafeReader):
-    """SafeReader that raises zipfile.BadZipFile where a tensor's bytes are not those that were written."""
-
-    def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
-        view = _View(file, sinfo.offset, sinfo.length)
-        if zipfile.is_zipfile(view):
-            with zipfile.ZipFile(view) as archive:
-                for record in archive.infolist():
-                    if record.CRC not in (0, _crc32(view, record)):  # 0: torch.serialization.set_crc32_options switched it off
-                        raise zipfile.BadZipFile(f"the CRC of {record.filename} in {file.name} is wrong")
-        view.seek(0)
-        return cast(IO[bytes], view)
+def checked(file: IO[bytes], offset: int, length: int) -> IO[bytes]:
+    """The part of a file that torch.save wrote at `offset`. Raises zipfile.BadZipFile if its bytes are not those that were written."""
+    view = _View(file, offset, length)
+    if zipfile.is_zipfile(view):
+        with zipfile.ZipFile(view) as archive:
+            for record in archive.infolist():
+                if record.CRC not in (0, _crc32(view, record)):  # 0: torch.serialization.set_crc32_options switched it off
+                    raise zipfile.BadZipFile(f"the CRC of {record.filename} in {file.name} is wrong")
+    view.seek(0)
+    return cast(IO[bytes], view)
 
 
 def _crc32(view: "_View", record: zipfile.ZipInfo) -> int:

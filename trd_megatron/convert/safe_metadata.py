@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, Metadata
-from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from trd_megatron.errors import UserError
 
@@ -77,12 +77,3 @@ def _reason(error: Exception) -> str:
         return f"it names {refused[1]}, which is not loaded from a checkpoint"
     detail = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
     return detail[1] if detail else (str(error).splitlines() or [type(error).__name__])[0]
-
-
-class SafeReader(FileSystemReader):
-    """PyTorch's reader of torch_dist folders, with the allow-list instead of a plain pickle.load."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        metadata = read_metadata(Path(self.path))
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return metadata

@@ -1,8 +1,8 @@
 """Megatron's distributed checkpoint format (torch_dist), read and written a tensor at a time, without Megatron and without ranks.
 
 torch_dist is PyTorch's distributed checkpoint format under Megatron's conventions: the layers of a model are stacked in one tensor per
-parameter, of which the files hold chunks, and metadata.json names the format. PyTorch reads and writes; here is only what makes it go
-chunk by chunk instead of holding a whole state dict.
+parameter, of which the files hold chunks, each as torch.save writes it, one after the other. .metadata says what lies where, metadata.json
+names the format. PyTorch's own reader and writer want a whole state dict in memory.
 """
 
 import contextlib
@@ -10,15 +10,16 @@ import io
 import itertools
 import json
 import pickle
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any
 
 import torch
-from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint import FileSystemWriter, Metadata
+from torch.distributed.checkpoint import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo  # part of the format: .metadata is a pickle that names it
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -27,17 +28,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from trd_megatron.convert.checked_reader import CheckedReader
-from trd_megatron.convert.safe_metadata import METADATA
+from trd_megatron.convert.checked_reader import checked
+from trd_megatron.convert.safe_metadata import METADATA, read_metadata
 from trd_megatron.convert.source import ahead
 from trd_megatron.errors import UserError
 
@@ -50,8 +43,7 @@ class TorchDist:
     def __init__(self, folder: Path) -> None:
         """Reads the metadata. Raises UserError if it is missing, damaged or unsafe, or if a file is missing or too short."""
         self.folder = folder
-        self._reader = CheckedReader(folder)
-        metadata = self._reader.read_metadata()
+        metadata = read_metadata(folder)
         try:
             sound = all(_is_sound(entry) for entry in metadata.state_dict_metadata.values())
             stored = [(info.relative_path, info.offset + info.length) for info in metadata.storage_data.values()]
@@ -62,7 +54,7 @@ class TorchDist:
         _check_files(folder, stored)
         if any(info.transform_descriptors for info in metadata.storage_data.values()):
             raise UserError(f"{folder} was saved with extensions of PyTorch's writer, which are not read: save it without them")
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._stored: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self.tensors = {key: one for key, one in metadata.state_dict_metadata.items() if isinstance(one, TensorStorageMetadata)}
         self._chunks: dict[tuple[str, int], dict[Index, list[ChunkStorageMetadata]]] = {}
 
@@ -83,27 +75,27 @@ class TorchDist:
             offsets[depth], shape[0] = rows[0], rows[1] - rows[0]
         wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size([*[1] * depth, *shape]))
         stored = self._chunks_at(key, index)
-        items = create_read_items_for_chunk_list(key, TensorStorageMetadata(entry.properties, entry.size, stored), [wanted])
-        if sum(item.lengths.numel() for item in items) != wanted.sizes.numel():
-            raise UserError(f"checkpoint {self.folder}: parts of {key} are missing; copy the checkpoint again")
-        if len(items) == 1 and wanted in stored:
-            return self._load(key, wanted, items[0].storage_index).reshape(shape)  # as it lies there, without a copy
+        if wanted in stored:
+            return self._load(key, wanted).reshape(shape)  # as it lies there, without a copy
+        overlaps = [(chunk, common) for chunk in stored if (common := _common(wanted, chunk)) is not None]
+        covered = sum(torch.Size(common.sizes).numel() for _, common in overlaps)
+        apart = all(_common(one, other) is None for (_, one), (_, other) in itertools.combinations(overlaps, 2))
+        if covered != wanted.sizes.numel() or not apart:
+            raise UserError(f"checkpoint {self.folder}: parts of {key} are missing, or there twice; copy the checkpoint again")
         target: torch.Tensor | None = None
-        for item in items:
-            assert item.storage_index.index is not None
-            chunk = self._load(key, stored[item.storage_index.index], item.storage_index)
+        for chunk, common in overlaps:
+            part = self._load(key, chunk)[_place(common, chunk)]
             if target is None:  # not before: the file has shown that the metadata tell no tales about sizes
                 target = torch.empty(wanted.sizes, dtype=entry.properties.dtype)
-            part = narrow_tensor_by_index(chunk, item.storage_offsets, item.lengths)
-            narrow_tensor_by_index(target, item.dest_offsets, item.lengths).copy_(part)
+            target[_place(common, wanted)] = part
         return torch.empty(shape, dtype=entry.properties.dtype) if target is None else target.view(shape)
 
-    def _load(self, key: str, chunk: ChunkStorageMetadata, index: MetadataIndex) -> torch.Tensor:
+    def _load(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
         """A whole chunk, as torch.save wrote it somewhere in a file."""
         try:
-            info = self._reader.storage_data[index]
-            with (self.folder / info.relative_path).open("rb") as stream:
-                found = torch.load(self._reader._slice_file(stream, info), map_location="cpu", weights_only=True)
+            info = self._stored[MetadataIndex(key, chunk.offsets)]
+            with (self.folder / info.relative_path).open("rb") as file:
+                found = torch.load(checked(file, info.offset, info.length), map_location="cpu", weights_only=True)
             if (found.shape, found.dtype) != (chunk.sizes, self.dtype(key)):
                 raise ValueError(f"{tuple(found.shape)} of {found.dtype}, which is not what {METADATA} says")
         except Exception as error:  # a damaged file may raise anything
@@ -124,6 +116,20 @@ class TorchDist:
                     by_index[place].append(chunk)
             self._chunks[key, depth] = by_index
         return self._chunks[key, depth].get(index, [])
+
+
+def _common(one: ChunkStorageMetadata, other: ChunkStorageMetadata) -> ChunkStorageMetadata | None:
+    """Where two chunks of a tensor overlap."""
+    starts = [max(pair) for pair in zip(one.offsets, other.offsets, strict=True)]
+    ends = [min(a + m, b + n) for a, m, b, n in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)]
+    if any(start >= end for start, end in zip(starts, ends, strict=True)):
+        return None
+    return ChunkStorageMetadata(torch.Size(starts), torch.Size([end - start for start, end in zip(starts, ends, strict=True)]))
+
+
+def _place(part: ChunkStorageMetadata, whole: ChunkStorageMetadata) -> tuple[slice, ...]:
+    """A part of a chunk as slices of it."""
+    return tuple(slice(p - w, p - w + size) for p, w, size in zip(part.offsets, whole.offsets, part.sizes, strict=True))
 
 
 def _is_sound(entry: TensorStorageMetadata | BytesStorageMetadata) -> bool:
@@ -172,51 +178,10 @@ class Part:
         return sum(torch.Size(sizes).numel() for _, sizes in self.chunks) * self.dtype.itemsize
 
 
-class _Plan(SavePlanner):
-    """Hands out the chunks of one file, in order. reads: the pieces of this file's parts and of those after it."""
-
-    def __init__(self, parts: list[Part], reads: Iterator[list[torch.Tensor]], objects: list[str], advance: Callable[[int], None]) -> None:
-        self.reads, self.advance = reads, advance
-        self.items: list[WriteItem] = []
-        self._at: dict[MetadataIndex, tuple[Part, int]] = {}
-        self._pieces: list[torch.Tensor] = []  # still to write, of the part being written
-        for part in parts:
-            for number, (offsets, sizes) in enumerate(part.chunks):
-                chunk = ChunkStorageMetadata(torch.Size([*part.index, *offsets]), torch.Size([*[1] * len(part.index), *sizes]))
-                index = MetadataIndex(part.key, chunk.offsets)
-                data = TensorWriteData(chunk, TensorProperties(part.dtype), torch.Size(part.size))
-                self.items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
-                self._at[index] = (part, number)
-        self.items += [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in objects]
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        if write_item.type == WriteItemType.BYTE_IO:
-            return io.BytesIO(EMPTY_OBJECT)
-        part, number = self._at[write_item.index]
-        if number == 0:
-            self._pieces = next(self.reads)
-        piece = self._pieces.pop(0).contiguous()  # let go of once it is written
-        self.advance(piece.nbytes)
-        return piece.view([*[1] * len(part.index), *part.chunks[number][1]])
-
-    def _not_planned(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError("the plan is made in its constructor")
-
-    set_up_planner = create_local_plan = create_global_plan = finish_plan = _not_planned
-
-
-class _Writer(FileSystemWriter):
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta(save_id=self.save_id)  # PyTorch's has the folder's path, which is a temporary one and nobody's business
-
-
-def _empty_object() -> bytes:
+def _saved(value: Any) -> bytes:
     buffer = io.BytesIO()
-    torch.save([None], buffer)  # as Megatron packs its ShardedObjects
+    torch.save(value, buffer)
     return buffer.getvalue()
-
-
-EMPTY_OBJECT = _empty_object()
 
 
 def write(
@@ -232,28 +197,53 @@ def write(
     """Writes a torch_dist folder: the parts, in order, in files of about file_bytes each; `objects`, Megatron's empty ShardedObjects, by
     their unique keys; `common`, what is not sharded. advance is told the bytes written, `written` each file that is complete."""
     parts = list(parts)
-    writer = _Writer(folder, sync_files=False)  # `written` does, while the next file is being written
-    writer.set_up_storage_writer(True)
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    stored: dict[MetadataIndex, _StorageInfo] = {}
     with contextlib.closing(ahead(part.read for part in parts)) as reads:
-        plans = [_Plan(group, reads, objects if not number else [], advance) for number, group in enumerate(_groups(parts, file_bytes))]
-        saved = writer.prepare_global_plan([writer.prepare_local_plan(SavePlan(plan.items)) for plan in plans])
-        results = []
-        for plan, items in zip(plans, saved, strict=True):
-            try:
-                results.append(writer.write_data(items, plan).wait())
-            except RuntimeError as error:  # PyTorch hides a full disk behind its own complaint
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from None
-                raise
-            written(folder / results[-1][0].storage_data.relative_path)
-    writer.finish(_metadata(plans), results)
-    packed = io.BytesIO()
-    torch.save(common, packed)
-    (folder / "common.pt").write_bytes(packed.getbuffer())
+        for number, group in enumerate(_groups(parts, file_bytes)):
+            name = f"__{number}_0.distcp"
+            with (folder / name).open("wb") as file:
+                for part in group:
+                    pieces = next(reads)
+                    entry = entries.setdefault(part.key, TensorStorageMetadata(TensorProperties(part.dtype), torch.Size(part.size), []))
+                    assert isinstance(entry, TensorStorageMetadata)
+                    for offsets, sizes in part.chunks:
+                        piece = pieces.pop(0)  # let go of once it is written
+                        assert (piece.dtype, tuple(piece.shape)) == (part.dtype, sizes), f"{part.key} at {offsets} is {tuple(piece.shape)}"
+                        chunk = ChunkStorageMetadata(torch.Size([*part.index, *offsets]), torch.Size([*[1] * len(part.index), *sizes]))
+                        entry.chunks.append(chunk)
+                        start = file.tell()
+                        _save(_alone(piece).view(chunk.sizes), file)
+                        stored[MetadataIndex(part.key, chunk.offsets)] = _StorageInfo(name, start, file.tell() - start)
+                        advance(piece.nbytes)
+                        del piece
+                if not number:
+                    empty = _saved([None])  # as Megatron packs its ShardedObjects
+                    for key in objects:
+                        entries[key] = BytesStorageMetadata()
+                        stored[MetadataIndex(key)] = _StorageInfo(name, file.tell(), len(empty))
+                        file.write(empty)
+            written(folder / name)
+    metadata = Metadata(entries, storage_data=stored, storage_meta=StorageMeta(save_id=str(uuid.uuid4())), version="1.0.0")
+    (folder / METADATA).write_bytes(pickle.dumps(metadata))
+    (folder / "common.pt").write_bytes(_saved(common))
     versions = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
     (folder / "metadata.json").write_text(json.dumps(versions), encoding="utf-8")
-    for name in (".metadata", "common.pt", "metadata.json"):
-        written(folder / name)
+
+
+def _save(tensor: torch.Tensor, file: IO[bytes]) -> None:
+    try:
+        torch.save(tensor, file)
+    except RuntimeError as error:  # PyTorch hides a full disk behind its own complaint
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
+def _alone(piece: torch.Tensor) -> torch.Tensor:
+    """Contiguous, and with no other numbers in its storage, which torch.save would write too."""
+    piece = piece.contiguous()
+    return piece if piece.untyped_storage().nbytes() == piece.nbytes else piece.clone()
 
 
 def _groups(parts: list[Part], file_bytes: int) -> Iterator[list[Part]]:
@@ -266,16 +256,3 @@ def _groups(parts: list[Part], file_bytes: int) -> Iterator[list[Part]]:
         group.append(part)
         held += part.nbytes
     yield group
-
-
-def _metadata(plans: list[_Plan]) -> Metadata:
-    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
-    for item in itertools.chain.from_iterable(plan.items for plan in plans):
-        if item.tensor_data is None:
-            entries[item.index.fqn] = BytesStorageMetadata()
-            continue
-        data = item.tensor_data
-        entry = entries.setdefault(item.index.fqn, TensorStorageMetadata(data.properties, data.size, []))
-        assert isinstance(entry, TensorStorageMetadata)
-        entry.chunks.append(data.chunk)
-    return Metadata(entries)

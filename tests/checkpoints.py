@@ -20,7 +20,7 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 def adapter(factors: dict[str, torch.Tensor], alpha: float, path: Path = Path("adapter")) -> Adapter:
     modules = dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in factors)
     rank = next(factor.shape[0] for name, factor in factors.items() if "lora_A" in name)
-    return Adapter(path, factors, dict.fromkeys(modules, alpha / rank), rank, alpha, "")
+    return Adapter(path, factors, frozenset(modules), alpha / rank, rank, alpha, "")
 
 
 def merge(base: Path, factors: dict[str, torch.Tensor], alpha: float, folder: Path) -> None:

@@ -94,6 +94,15 @@ def resolve_model(path: str, *, download: bool = True) -> Path:
         ) from error
 
 
+def local(path: str) -> Path:
+    """A folder that exists, complete or not, or what resolve_model makes of the path. Raises UserError as it does."""
+    try:
+        folder = Path(path).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise UserError(f"{path}: {error}") from None
+    return folder if folder.exists() else resolve_model(path)
+
+
 def model_fingerprint(path: Path) -> str:
     """sha256 (hex) that changes when the model does: over names and sizes of its files, the whole of its json, jinja, txt and
     tokenizer.model files, and the first and last MiB of each safetensors file.

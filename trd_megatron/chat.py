@@ -41,7 +41,7 @@ class Chat:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(str(model_path), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise UserError(f"{model_path} has no usable tokenizer: {str(error).splitlines()[0]}") from None
         if prompt_format == "chat" and not self._tokenizer.chat_template:

@@ -118,10 +118,18 @@ def refusals(rank: int, loads: list[tuple[Path, Path]]) -> list[str]:
 
 
 def keys_and_refusals(
-    rank: int, folders: list[Path], loads: list[tuple[Path, Path]]
-) -> tuple[list[dict[str, tuple[int, ...]]], list[str]]:
-    """Per model: name in a checkpoint -> shape, of all tensors that Megatron would save, on one rank; and refusals(loads)."""
-    return [_keys(folder) for folder in folders], refusals(rank, loads)
+    rank: int, folders: list[Path], whole: list[tuple[Path, Path]], loads: list[tuple[Path, Path]]
+) -> tuple[list[dict[str, tuple[int, ...]]], list[set[str]], list[str]]:
+    """Per model: name in a checkpoint -> shape, of all tensors that Megatron would save, on one rank. Per (folder, checkpoint) of
+    `whole`: what Megatron looks for and does not find, its objects beside the weights among them. And refusals(loads)."""
+    return [_keys(folder) for folder in folders], [_not_found(*one) for one in whole], refusals(rank, loads)
+
+
+def _not_found(folder: Path, checkpoint: Path) -> set[str]:
+    stage = Stage(folder, 1, 1, 1)
+    with stage.parallel.megatron_device():
+        _, _, unexpected = dist_checkpointing.load(stage.gpt.sharded_state_dict(), str(checkpoint), strict="return_all")
+    return unexpected
 
 
 def _keys(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -112,7 +112,10 @@ def test_names_are_megatrons_and_what_does_not_fit_is_refused_in_one_line(models
     next(short.glob("*.distcp")).unlink()
     torch.save({"args": Unknown()}, evil / "common.pt")
     loads = [(wider, out), (models["qwen3-moe"], out), (folder, untagged), (folder, short), (folder, evil)]
-    [(found, messages)] = run_ranks(1, cases.keys_and_refusals, list(models.values()), loads)
+    operations.hf_to_megatron(str(models["qwen3-moe"]), tmp_path / "moe")
+    whole = [(folder, out), (models["qwen3-moe"], checkpoint_folder(tmp_path / "moe"))]
+    [(found, not_found, messages)] = run_ranks(1, cases.keys_and_refusals, list(models.values()), whole, loads)
+    assert not_found == [set(), set()]
     expected = [
         r"release: decoder\.layers\.self_attention\.linear_proj\.weight has shape \[2, 48, 144\], the model's config\.json says \[2, 48, 384\]",
         r"release has no tensor decoder\.layers\.\S+: it is of another model",

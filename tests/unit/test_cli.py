@@ -65,7 +65,7 @@ def test_plan_of_a_new_run_and_status_of_none(monkeypatch: pytest.MonkeyPatch, c
     code, out, _ = trd("plan", "experiment=smoke", f"run_dir={tmp_path / 'r'}", "--show-sample", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0
     assert out.count("would run") == 9
-    assert "58,752 parameters" in out
+    assert "58,816 parameters" in out
     assert "|W|h|a|t" in out
     assert not (tmp_path / "r").exists()  # a plan leaves nothing behind
     code, _, err = trd("status", str(tmp_path), monkeypatch=monkeypatch, capsys=capsys)

@@ -1,7 +1,11 @@
 """verify, inspect, dtypes and adapters of `trd convert`; round trips against Megatron are in tests/dist/test_convert.py."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import peft as peft_library
@@ -15,13 +19,13 @@ from typer.testing import CliRunner
 
 from tests import tiny
 from tests.checkpoints import read_tensors
-from trd_megatron.convert import inspect, operations, peft, verify
+from trd_megatron.convert import inspect, operations, peft, torch_dist, verify
 from trd_megatron.convert.architecture import Architecture
 from trd_megatron.convert.commands import app
-from trd_megatron.convert.huggingface import HuggingFace
 from trd_megatron.convert.mapping import entries
 from trd_megatron.convert.megatron import checkpoint_folder
-from trd_megatron.convert.run_config import bridge_model
+from trd_megatron.convert.run_config import bridge_model, megatron_lm_flags
+from trd_megatron.errors import UserError
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj")
 
@@ -179,14 +183,35 @@ def test_inspect_shows_either_format_and_adapters(tmp_path: Path) -> None:
     assert "model.layers.*.self_attn.q_proj.lora_A.weight" in shown(tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
-def test_parameters_are_counted_as_they_are_stored(name: str, tmp_path: Path) -> None:
-    base = tiny.make(name, tmp_path / name)
-    left_out = ("bias", "q_norm.weight", "k_norm.weight")
-    matrices = sum(t.numel() for name, t in load_file(base / "model.safetensors").items() if not name.endswith(left_out))
-    assert Architecture.from_hf(base).parameter_count() == matrices
-    keys = {entry.key for entry in entries(HuggingFace(base).architecture)}
-    assert ("output_layer.weight" in keys) != Architecture.from_hf(base).tied_embeddings
+FLAGS = {
+    "llama": "--rotary-base 10000 --norm-epsilon 1e-06 --group-query-attention --num-query-groups 2 --untie-embeddings-and-output-weights "
+    "--padded-vocab-size 260 --kv-channels 12",
+    "llama3-rope": "--use-rope-scaling --rope-scaling-factor 4",
+    "qwen2": "--add-qkv-bias",
+    "qwen3": "--qk-layernorm",
+    "qwen3-yarn": "--position-embedding-type yarn --rotary-scaling-factor 4 --yarn-original-max-position-embeddings 32 --yarn-beta-fast 32 "
+    "--yarn-beta-slow 1 --yarn-correction-range-round-to-int --no-rope-fusion",
+    "qwen3-moe": "--num-experts 6 --moe-router-topk 2 --moe-ffn-hidden-size 20 --moe-aux-loss-coeff 0.001",
+    "qwen3-moe-unnormalized": "--moe-router-pre-softmax",
+}
+HAVE = {
+    "--add-qkv-bias": {"qwen2"},
+    "--use-rope-scaling": {"llama3-rope"},
+    "--qk-layernorm": {"qwen3", "qwen3-yarn", "qwen3-moe", "qwen3-moe-unnormalized"},
+    "--rotary-scaling-factor": {"qwen3-yarn"},
+    "--num-experts": {"qwen3-moe", "qwen3-moe-unnormalized"},
+    "--moe-router-pre-softmax": {"qwen3-moe-unnormalized"},
+    "--untie-embeddings-and-output-weights": {"llama", "qwen3", "qwen3-moe", "qwen3-moe-unnormalized"},
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_megatron_lm_flags_say_the_whole_architecture(name: str, tmp_path: Path) -> None:
+    flags = " ".join(megatron_lm_flags(Architecture.from_hf(tiny.make(name, tmp_path / name)), 2)) + " "
+    for flag in re.findall(r"--\S+(?: [^-]\S*)?", FLAGS[name]):
+        assert f"{flag} " in flags, flags
+    for flag, names in HAVE.items():
+        assert (f"{flag} " in flags) == (name in names), flag
 
 
 def test_bridge_model_carries_rope_and_experts(tmp_path: Path) -> None:
@@ -195,5 +220,103 @@ def test_bridge_model_carries_rope_and_experts(tmp_path: Path) -> None:
     assert yarn["yarn_original_max_position_embeddings"] == 32
     moe = bridge_model(Architecture.from_hf(tiny.make("qwen3-moe-unnormalized", tmp_path / "moe")), torch.float32, 1)
     assert (moe["num_moe_experts"], moe["moe_router_topk"], moe["moe_router_pre_softmax"]) == (6, 2, True)
+    assert moe["moe_aux_loss_coeff"] == 0.001
     llama = bridge_model(Architecture.from_hf(tiny.make("llama3-rope", tmp_path / "llama")), torch.float32, 1)
     assert (llama["rope_scaling"], llama["rope_scaling_factor"], llama["share_embeddings_and_output_weights"]) == (True, 4.0, True)
+
+
+def write_parts(folder: Path, parts: list[torch_dist.Part]) -> None:
+    folder.mkdir()
+    torch_dist.write(folder, parts, [], {}, file_bytes=10**9, advance=lambda count: None, written=lambda path: None)
+
+
+def part(key: str, index: tuple[int, ...], size: tuple[int, ...], offset: tuple[int, ...], tensor: torch.Tensor) -> torch_dist.Part:
+    return torch_dist.Part(key, index, size, tensor.dtype, ((offset, tuple(tensor.shape)),), lambda: [tensor])
+
+
+def test_layers_under_names_of_their_own_are_read(tmp_path: Path) -> None:
+    """As Megatron saves layers that are not alike, and a local layer with experts its norm."""
+    base = tiny.make("qwen3-moe", tmp_path / "base")
+    operations.hf_to_megatron(str(base), tmp_path / "m")
+    stacked = torch_dist.TorchDist(checkpoint_folder(tmp_path / "m"))
+    parts, seen = [], set()
+    for entry in entries(Architecture.from_hf(base)):
+        key, index = entry.key, entry.index
+        tensor = stacked.read(key, index)
+        key = key.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+        if index:
+            key, index = key.replace("decoder.layers.", f"decoder.layers.{index[0]}."), index[1:]
+        size = (6,) * len(index) + tuple(tensor.shape)
+        parts.append(part(key, index, size, (0,) * tensor.ndim, tensor))
+        seen.add(key)
+    assert "decoder.layers.1.mlp.experts.experts.linear_fc1.weight" in seen
+    write_parts(tmp_path / "apart", parts)
+    operations.megatron_to_hf(tmp_path / "apart", tmp_path / "back", base_path=str(base))
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "back/model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    report = verify.compare(str(base), str(tmp_path / "apart"), base_path=str(base))
+    assert report.same and not report.checks[-1].compared
+
+
+def test_chunks_are_put_together_and_must_cover_a_tensor_once(tmp_path: Path) -> None:
+    whole = torch.arange(48.0).view(2, 4, 6)
+    corners = [(0, 0), (0, 4), (2, 0), (2, 4)]
+    parts = [part("a", (i,), (2, 4, 6), (r, c), whole[i, r : r + 2, c : c + 4]) for i in range(2) for r, c in corners]
+    write_parts(tmp_path / "whole", parts)
+    checkpoint = torch_dist.TorchDist(tmp_path / "whole")
+    assert torch.equal(checkpoint.read("a"), whole)
+    assert torch.equal(checkpoint.read("a", (1,)), whole[1])
+    assert torch.equal(checkpoint.read("a", (1,), (1, 3)), whole[1, 1:3])
+    write_parts(tmp_path / "twice", [parts[0], part("a", (0,), (2, 4, 6), (1, 0), whole[0, 1:3, :4]), *parts[3:]])
+    for index in ((), (0,)):
+        with pytest.raises(UserError, match="parts of a are missing, or there twice"):
+            torch_dist.TorchDist(tmp_path / "twice").read("a", index)
+
+
+def test_config_says_the_dtype_that_was_written(base: Path, tmp_path: Path) -> None:
+    operations.hf_to_megatron(str(base), tmp_path / "m")
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"dtype": "bfloat16"}))
+    operations.megatron_to_hf(tmp_path / "m", tmp_path / "back", base_path=str(base))
+    assert json.loads((tmp_path / "back/config.json").read_text())["dtype"] == "float32"
+
+
+def test_logits_that_are_no_numbers_differ(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import itertools
+
+    calls = itertools.count()
+
+    def logits(source: object, sequences: list[list[int]]) -> list[torch.Tensor]:
+        found = [torch.ones(len(ids), 3) for ids in sequences]
+        if next(calls):
+            found[1][0, 0] = float("nan")
+        return found
+
+    monkeypatch.setattr(verify, "_logits_of", logits)
+    assert "logits (float32)" in differing(verify.compare(str(base), str(base)))
+
+
+def test_code_of_a_model_folder_is_not_offered_to_run(tmp_path: Path) -> None:
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil/config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "configuration_evil.Evil"}}))
+    (tmp_path / "evil/configuration_evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    command = [sys.executable, "-m", "trd_megatron.cli", "convert", "hf-to-megatron", "--hf-path", "evil", "--megatron-path", "m"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(verify.__file__).parents[2])}
+    result = subprocess.run(command, input="y\ny\n", capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_backend_bridge_takes_no_options_of_ours(base: Path, tmp_path: Path) -> None:
+    arguments = ["hf-to-megatron", "--hf-path", str(base), "--megatron-path", str(tmp_path / "m"), "--backend", "bridge"]
+    for more, message in ((["--dtype", "float32"], "takes no --dtype"), ([], "needs Megatron-Bridge")):
+        result = CliRunner().invoke(app, [*arguments, *more])
+        assert isinstance(result.exception, UserError) and message in str(result.exception)
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_folder_that_was_an_adapters_does_not_stay_one(base: Path, tmp_path: Path) -> None:
+    (base / "adapter_config.json").write_text("{}")
+    operations.hf_to_megatron(str(base), tmp_path / "m")
+    operations.megatron_to_hf(tmp_path / "m", tmp_path / "back")
+    assert not (tmp_path / "back/adapter_config.json").exists()

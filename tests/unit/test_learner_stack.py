@@ -102,7 +102,7 @@ def test_fp8_is_refused_for_layers_that_it_cannot_do(architecture: Architecture)
     )
     for recipe in FP8_RECIPES:
         check_shapes(cuda(fp8=recipe, fp8_bf16_layers=1), fitting, "m")
-    experts = replace(fitting, experts=Experts(8, 2, 64, normalized=True))
+    experts = replace(fitting, experts=Experts(8, 2, 64, normalized=True, aux_loss_coefficient=0.001))
     check_shapes(cuda(fp8="current"), experts, "m")
     with pytest.raises(UserError, match="128 divides; gate_proj of m has 64 on a rank"):
         check_shapes(cuda(fp8="blockwise"), experts, "m")
@@ -133,7 +133,7 @@ def modules(architecture: Architecture, stack: Stack) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("experts", [None, Experts(6, 2, 20, normalized=True)])
+@pytest.mark.parametrize("experts", [None, Experts(6, 2, 20, normalized=True, aux_loss_coefficient=0.001)])
 def test_the_layers_are_transformer_engines_or_local(experts: Experts | None, architecture: Architecture) -> None:
     architecture = replace(architecture, experts=experts)
     assert modules(architecture, choose(cuda(), EVERYTHING)) == {
@@ -179,7 +179,7 @@ def test_yarn_and_experts_reach_megatrons_configuration(architecture: Architectu
     assert not [name for name in dir(plain) if name.startswith("yarn_")]  # Megatron decides by their presence
     assert plain.num_moe_experts is None
     rope = Rope(1e4, "yarn", 4.0, original_max_position_embeddings=32, mscales=(1.0, 0.5))
-    other = replace(architecture, rope=rope, experts=Experts(6, 2, 20, normalized=False))
+    other = replace(architecture, rope=rope, experts=Experts(6, 2, 20, normalized=False, aux_loss_coefficient=0.001))
     built: Any = transformer_config(other, config, place(1, 1), choose(config, EVERYTHING))
     assert not built.apply_rope_fusion  # it would leave the factor out
     assert _yarn_get_concentration_factor_from_config(built) == pytest.approx((0.1 * math.log(4) + 1) / (0.05 * math.log(4) + 1))

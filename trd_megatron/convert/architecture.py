@@ -38,6 +38,7 @@ class Experts:
     per_token: int
     ffn_hidden_size: int  # of one expert
     normalized: bool  # the chosen experts' probabilities sum to 1
+    aux_loss_coefficient: float  # of the load balancing loss, for who trains it
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Architecture:
         from transformers import AutoConfig
 
         try:
-            config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, TypeError, KeyError, RecursionError, StrictDataclassError) as error:
+            config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError, StrictDataclassError) as error:
             raise UserError(f"{folder}/config.json cannot be used: {' '.join(str(error).split())[:300]}") from None
         kind = config.model_type
         if kind not in SUPPORTED:
@@ -152,11 +153,20 @@ class Architecture:
     def parameter_count(self) -> int:
         """Parameters, embeddings included."""
         layer = self.layer_weights(self.experts.count if self.experts is not None else 0) + 2 * self.hidden_size
+        if self.qkv_bias:
+            layer += (self.num_attention_heads + 2 * self.num_query_groups) * self.head_dim
+        if self.qk_norm:
+            layer += 2 * self.head_dim
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.num_layers * layer + embeddings + self.hidden_size
 
 
 def _check_sizes(config: Any, folder: Path) -> None:
+    head_dim, per_token = getattr(config, "head_dim", None), getattr(config, "num_experts_per_tok", None)
+    if head_dim is not None and (head_dim < 2 or head_dim % 2):
+        raise UserError(f"{folder}/config.json: head_dim is {head_dim}, not an even number above 0")
+    if per_token is not None and not 0 < per_token <= config.num_experts:
+        raise UserError(f"{folder}/config.json: num_experts_per_tok is {per_token}, there are {config.num_experts} experts")
     for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings"):
         if getattr(config, key) < 1:
             raise UserError(f"{folder}/config.json: {key} is {getattr(config, key)}, not a number above 0")
@@ -200,4 +210,6 @@ def _experts(config: Any, folder: Path) -> Experts:
         raise UserError(f"{folder}: layers without experts (decoder_sparse_step, mlp_only_layers) are not supported")
     if config.num_experts_per_tok == 1 and config.norm_topk_prob:
         raise UserError(f"{folder}: norm_topk_prob with one expert per token is not supported")
-    return Experts(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size, config.norm_topk_prob)
+    return Experts(
+        config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size, config.norm_topk_prob, config.router_aux_loss_coef
+    )

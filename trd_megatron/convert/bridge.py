@@ -3,21 +3,22 @@
 from importlib import util
 from pathlib import Path
 
+from trd_megatron.builtin_models import local
+from trd_megatron.convert.output import new_folder
 from trd_megatron.errors import UserError
 
 
-def import_hf(hf_path: str, megatron_path: Path, trust_remote_code: bool) -> None:
+def import_hf(hf_path: str, megatron_path: Path) -> None:
     """Converts with Megatron-Bridge's AutoBridge. Raises UserError if it is not installed or the output exists."""
     if not installed():
         raise UserError(
             "--backend bridge needs Megatron-Bridge, which needs Transformer Engine: pip install megatron-bridge on a GPU machine"
         )
-    if megatron_path.exists():
-        raise UserError(f"{megatron_path} exists: give another path, or delete it")
     from megatron.bridge import AutoBridge
 
-    options = {"trust_remote_code": True} if trust_remote_code else {}
-    AutoBridge.import_ckpt(hf_path, str(megatron_path), **options)
+    model = local(hf_path)
+    with new_folder(megatron_path, 0, {"command": "hf-to-megatron", "backend": "bridge", "source": hf_path}) as output:
+        AutoBridge.import_ckpt(str(model), str(output.folder))
 
 
 def installed() -> bool:

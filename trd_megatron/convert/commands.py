@@ -59,7 +59,6 @@ def hf_to_megatron(
     backend: Annotated[
         str, typer.Option(help="own, or bridge: Megatron-Bridge, where it is installed, for architectures that are not ours.")
     ] = "own",
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="bridge: run the code in the model's folder.")] = False,
 ) -> None:
     """Hugging Face to Megatron's distributed checkpoint (torch_dist).
 
@@ -74,9 +73,11 @@ def hf_to_megatron(
     from trd_megatron.convert import bridge, operations
 
     if backend == "bridge":
-        bridge.import_hf(hf_path, megatron_path, trust_remote_code)
-    elif backend != "own" or trust_remote_code:
-        raise UserError("--backend is own or bridge; --trust-remote-code is for bridge alone")
+        if dtype is not None or allow_pickle or tensor_model_parallel_size != 1:
+            raise UserError("--backend bridge takes no --dtype, --allow-pickle or --tensor-model-parallel-size: leave them out")
+        bridge.import_hf(hf_path, megatron_path)
+    elif backend != "own":
+        raise UserError(f"--backend {backend}: it is own or bridge")
     else:
         operations.hf_to_megatron(
             hf_path,

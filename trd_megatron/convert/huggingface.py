@@ -22,7 +22,7 @@ from trd_megatron.errors import UserError
 
 SHARD_BYTES = 2_000_000_000
 _COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
-_NOT_COPIED = ("manifest.json", "conversion.json")  # of the folder they come from; and indices of its weights
+_NOT_COPIED = ("manifest.json", "conversion.json", "adapter_config.json")  # of the folder they come from; and indices of its weights
 
 
 class HuggingFace:
@@ -43,7 +43,7 @@ class HuggingFace:
     def dtype(self, entry: Entry) -> torch.dtype:
         found = {self._weights.dtypes[name] for name in entry.hf}
         if len(found) > 1:
-            raise UserError(f"{self.path}: {', '.join(entry.hf)} have different dtypes and become one tensor: choose one with --dtype")
+            raise UserError(f"{self.path}: {', '.join(entry.hf)} have different dtypes and are converted with --dtype alone: choose one")
         return getattr(torch, found.pop())
 
     def read(self, entry: Entry) -> list[torch.Tensor]:
@@ -110,8 +110,7 @@ def write(
     advance is told the bytes written, `written` each file of weights that is complete.
     """
     copy_companions(source.companions, folder)
-    if dtype is not None:
-        set_dtype(folder / "config.json", dtype)
+    record_dtypes(folder / "config.json", {dtype or source.dtype(entry) for entry in entries(source.architecture)})
     shards: list[list[Entry]] = [[]]
     held = 0
     for entry in entries(source.architecture):
@@ -163,9 +162,11 @@ def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.chmod(0o644)
 
 
-def set_dtype(config: Path, dtype: torch.dtype) -> None:
-    """Writes the dtype of the weights into a config.json."""
+def record_dtypes(config: Path, dtypes: set[torch.dtype]) -> None:
+    """Makes a config.json say the dtype of the weights beside it, where they have one and it says another or none."""
     settings = json.loads(config.read_text(encoding="utf-8"))
     key = "torch_dtype" if "torch_dtype" in settings else "dtype"
-    settings[key] = str(dtype).removeprefix("torch.")
-    config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    if len(names) == 1 and settings.get(key) != names[0]:
+        settings[key] = names[0]
+        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -37,8 +37,9 @@ class _Tensor:
 def describe(path: Path, *, every: bool) -> Iterator[RenderableType]:
     """What to print of a checkpoint. Raises UserError if it is none, or if its headers cannot be read."""
     kind, tensors, facts = _read(path)
+    folder = megatron.checkpoint_folder(path) if (path / megatron.TRACKER).is_file() else path
     head = Table(title=_text(path), show_header=False, title_justify="left")
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     rows: list[tuple[str, Any]] = [
         ("format", kind),
         ("tensors", f"{len(tensors)}, {sum(t.numbers for t in tensors):,} numbers, {', '.join(sorted({t.dtype for t in tensors}))}"),
@@ -136,5 +137,6 @@ def _recorded(folder: Path) -> Iterator[tuple[str, Any]]:
         except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({(str(error).splitlines() or [''])[0]}): copy the checkpoint again") from None
         ours = content.get("trd_megatron") if isinstance(content, dict) else None  # Megatron-Bridge writes one without it
-        if isinstance(ours, dict) and "megatron_lm_flags" in ours:
-            yield "Megatron-LM flags", ours["megatron_lm_flags"]
+        flags = ours.get("megatron_lm_flags") if isinstance(ours, dict) else None
+        if isinstance(flags, str):
+            yield "Megatron-LM flags", flags

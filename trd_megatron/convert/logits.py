@@ -15,7 +15,7 @@ def of_huggingface(folder: Path, sequences: list[list[int]]) -> list[torch.Tenso
     """transformers' logits [tokens, vocabulary] of each sequence of token ids."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
     with torch.no_grad():
         return [model(torch.tensor([ids])).logits[0] for ids in sequences]
 

@@ -75,6 +75,11 @@ class Megatron:
     def _is_megatrons(self) -> bool:
         return "embedding.word_embeddings.weight" in self._checkpoint.tensors
 
+    @property
+    def megatron_loads(self) -> bool:
+        """Whether a GPTModel finds the tensors where they lie: not those of the learner, nor layers under names of their own."""
+        return all(entry.key in self._checkpoint.tensors for entry in entries(self.architecture))
+
     def _places(self, entry: Entry) -> list[tuple[str, Index]]:
         """(key, index) of the tensors that make up an entry; the learner saves whole ones under Hugging Face names."""
         if not self._is_megatrons:
@@ -141,6 +146,7 @@ def write(
     folder: Path,
     *,
     source_name: str,
+    tokenizer: str,
     dtype: torch.dtype | None,
     tensor_model_parallel_size: int,
     file_bytes: int,
@@ -150,21 +156,21 @@ def write(
     """Writes a source as `folder`/release with Megatron's tracker file, holding one parameter and the next. dtype None: the source's.
 
     Tensors are stored in the chunks that ranks of tensor_model_parallel_size read; other sizes read them too. The vocabulary is padded
-    to a multiple of that size. advance is told the bytes written, `written` each file of the checkpoint that is complete.
+    to a multiple of that size. source_name and tokenizer (where the folder with it will lie) are recorded. advance is told the bytes
+    written, `written` each file of the checkpoint that is complete.
     """
     architecture, tp = source.architecture, tensor_model_parallel_size
     checkpoint = folder / RELEASE
     huggingface.copy_companions(source.companions, checkpoint / COMPANIONS)
-    main = dtype or source.dtype(next(entries(architecture)))
-    if dtype is not None:
-        huggingface.set_dtype(checkpoint / COMPANIONS / "config.json", dtype)
-    run_config.write(checkpoint, architecture, main, tp, source_name)
-    common = {"checkpoint_version": 3.0, "iteration": 0, "args": run_config.megatron_lm_args(architecture, main)}
+    dtypes = {dtype or source.dtype(entry) for entry in entries(architecture)}
+    huggingface.record_dtypes(checkpoint / COMPANIONS / "config.json", dtypes)
+    widest = max(dtypes, key=lambda one: one.itemsize)
+    run_config.write(checkpoint, architecture, widest, tp, source=source_name, tokenizer=tokenizer)
     torch_dist.write(
         checkpoint,
         _parts(source, dtype, tp),
         list(_extra_states(architecture)),
-        common,
+        {"checkpoint_version": 3.0, "iteration": 0},
         file_bytes=file_bytes,
         advance=advance,
         written=written,

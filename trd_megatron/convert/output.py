@@ -1,6 +1,7 @@
 """A converted checkpoint appears whole or not at all, with checksums of its files."""
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -13,7 +14,7 @@ from typing import Any
 
 from trd_megatron import progress
 from trd_megatron.errors import UserError
-from trd_megatron.run_dir import file_sha256, versions, write_json
+from trd_megatron.run_dir import file_sha256, versions
 
 MANIFEST = "conversion.json"
 SPARE = 64 << 20  # bytes for what is not weights: tokenizer, indices, metadata
@@ -76,7 +77,8 @@ def new_folder(target: Path, nbytes: int, made_by: dict[str, Any]) -> Iterator[O
                 files = output.files()
             finally:
                 output.abandon()
-        write_json(temporary / MANIFEST, {"made_by": made_by, "versions": versions(), "files": files})
+        manifest = {"made_by": {k: v for k, v in made_by.items() if v is not None}, "versions": versions(), "files": files}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="ascii")  # paths may be no valid UTF-8
         _publish(temporary, target)
     except OSError as error:  # a full disk, a quota, a source that cannot be copied
         named = str(error.filename or "")
@@ -92,6 +94,8 @@ def new_folder(target: Path, nbytes: int, made_by: dict[str, Any]) -> Iterator[O
 
 
 def _check_free(target: Path) -> None:
+    if target.name in ("", ".."):
+        raise UserError(f"{target} names no folder to make: give its name")
     if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
         raise UserError(f"{target} exists: give another path, or delete it")
     if target.is_mount():

@@ -33,15 +33,11 @@ class Adapter:
 
     path: Path
     factors: dict[str, torch.Tensor]  # "<module>.lora_A.weight" -> [rank, in], "<module>.lora_B.weight" -> [out, rank]
-    scales: dict[str, float]  # by module
+    modules: frozenset[str]  # the changed matrices without .weight, e.g. model.layers.0.self_attn.q_proj
+    scale: float
     rank: int
     alpha: float
     base: str  # the model it was trained on, as its maker named it
-
-    @property
-    def modules(self) -> list[str]:
-        """Names of the changed matrices without .weight, e.g. model.layers.0.self_attn.q_proj."""
-        return list(self.scales)
 
     @property
     def parameters(self) -> int:
@@ -100,7 +96,7 @@ def _adapter(path: Path, factors: dict[str, torch.Tensor], rank: int, alpha: flo
         if factor.ndim != 2 or factor.shape[1 if "lora_B" in name else 0] != rank:
             raise UserError(f"{path}: {name} has shape {tuple(factor.shape)}, which is no factor of rank {rank}: copy the adapter again")
         check_dtype(path, name, str(factor.dtype).removeprefix("torch."))
-    return Adapter(path, factors, dict.fromkeys(modules, scale), rank, alpha, base)
+    return Adapter(path, factors, frozenset(modules), scale, rank, alpha, base)
 
 
 def read_peft(folder: Path) -> Adapter:
@@ -141,7 +137,7 @@ def _rank_alpha(path: Path, settings: dict[str, Any], rank: str, alpha: str) -> 
     r, a = settings.get(rank), settings.get(alpha)
     if not isinstance(r, int) or r < 1:
         raise UserError(f"{path}: {rank} is {r!r}, not a number above 0: copy the adapter again")
-    if not isinstance(a, int | float) or not math.isfinite(a):
+    if not isinstance(a, int | float) or not abs(a) < 1e30:
         raise UserError(f"{path}: {alpha} is {a!r}, not a number: copy the adapter again")
     return r, a
 

@@ -1,23 +1,24 @@
 """Comparing two checkpoints, of either format: what a conversion has to keep."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
 from rich.text import Text
 
 from trd_megatron import progress
+from trd_megatron.builtin_models import local
 from trd_megatron.convert import huggingface, logits, output
 from trd_megatron.convert.architecture import Architecture
 from trd_megatron.convert.huggingface import HuggingFace
 from trd_megatron.convert.mapping import Entry, entries, expected_shapes
 from trd_megatron.convert.megatron import Megatron, checkpoint_folder
-from trd_megatron.convert.operations import local
 from trd_megatron.convert.source import Source
 from trd_megatron.errors import UserError
+from trd_megatron.progress import printable
 from trd_megatron.run_dir import file_sha256
 
 TOLERANCE = 1e-5  # of the largest logit: what float32 leaves where sums are taken in another order
@@ -35,6 +36,7 @@ class Check:
     name: str
     differences: list[str]
     detail: str  # where there are none
+    compared: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,13 @@ class Report:
 
     @property
     def table(self) -> Table:
-        table = Table("", "", "", title=Text(f"{self.a} and {self.b}"), show_header=False, title_justify="left")
+        table = Table("", "", "", title=Text(printable(f"{self.a} and {self.b}")), show_header=False, title_justify="left")
         for check in self.checks:
             shown = check.differences[:SHOWN]
             if len(check.differences) > SHOWN:
                 shown.append(f"and {len(check.differences) - SHOWN} more")
-            verdict = Text("differ", style="red") if shown else Text("same", style="green")
-            table.add_row(check.name, verdict, Text("\n".join(shown) or check.detail))
+            verdict = Text("differ", style="red") if shown else Text("same", style="green") if check.compared else Text("not compared")
+            table.add_row(Text(printable(check.name)), verdict, Text("\n".join(map(printable, shown)) or check.detail))
         return table
 
 
@@ -86,7 +88,8 @@ def _checksums(path: Path) -> Check | None:
     if not manifest.is_file():
         return None
     try:
-        files = {name: (one["bytes"], one["sha256"]) for name, one in json.loads(manifest.read_text(encoding="utf-8"))["files"].items()}
+        stored = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        files = {name: (int(one["bytes"]), one["sha256"]) for name, one in stored.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{manifest} cannot be read ({error}): delete it to compare without checksums") from None
     differences = []
@@ -187,15 +190,16 @@ def _companions(one: Path, other: Path) -> Check:
 
 
 def _logits(one: Source, other: Source) -> Check:
+    name = "logits (float32)"
+    if not all(source.megatron_loads for source in (one, other) if isinstance(source, Megatron)):
+        return Check(name, [], "Megatron's own loader does not read this layout: megatron-to-hf makes one that can be run", compared=False)
     sequences = _sequences(one)
-    first, second = (_logits_of(source, sequences) for source in (one, other))
-    pairs = list(zip(first, second, strict=True))
-    difference = max((a - b).abs().max().item() for a, b in pairs)
-    allowed = TOLERANCE * max(1.0, max(a.abs().max().item() for a in first))
-    agree = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs)
-    tokens = sum(map(len, sequences))
-    found = f"largest difference {difference:.2g} (allowed {allowed:.2g}), the same first choice on {agree} of {tokens} tokens"
-    return Check("logits (float32)", [] if difference <= allowed else [found], found)
+    first, second = (torch.cat(_logits_of(source, sequences)) for source in (one, other))
+    difference = (first - second).abs().max().item()  # NaN if there is one
+    allowed = TOLERANCE * max(1.0, first.abs().max().item())
+    agree = int((first.argmax(-1) == second.argmax(-1)).sum())
+    found = f"largest difference {difference:.2g} (allowed {allowed:.2g}), the same first choice on {agree} of {len(first)} tokens"
+    return Check(name, [] if difference <= allowed else [found], found)
 
 
 def _logits_of(source: Source, sequences: list[list[int]]) -> list[torch.Tensor]:
@@ -211,8 +215,8 @@ def _sequences(source: Source) -> list[list[int]]:
     if any((source.companions / name).is_file() for name in VOCABULARY_FILES):
         from transformers import AutoTokenizer
 
-        encode: Callable[[str], list[int]] = AutoTokenizer.from_pretrained(source.companions, local_files_only=True).encode
-        return [encode(prompt) for prompt in PROMPTS]
+        tokenizer: Any = AutoTokenizer.from_pretrained(source.companions, local_files_only=True, trust_remote_code=False)
+        return [tokenizer.encode(prompt) for prompt in PROMPTS]
     generator = torch.Generator().manual_seed(0)
     size = source.architecture.vocab_size
     return [torch.randint(size, (length,), generator=generator).tolist() for length in (9, 40, 25)]

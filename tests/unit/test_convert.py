@@ -77,10 +77,14 @@ def test_verify_names_changed_files_other_dtypes_templates_and_architectures(bas
     operations.megatron_to_hf(tmp_path / "m", tmp_path / "half", dtype=torch.bfloat16)
     (tmp_path / "m/release/tokenizer/tokenizer_config.json").write_text("{}")
     found = differing(verify.compare(str(tmp_path / "half"), str(tmp_path / "m"), logits=False))
-    assert found.pop("checksums of m") == ["release/tokenizer/tokenizer_config.json is not what was written"]
+    assert found.pop(f"checksums of {tmp_path / 'm'}") == ["release/tokenizer/tokenizer_config.json is not what was written"]
     assert found.pop("tokenizer, templates") == ["tokenizer_config.json has other content"]
-    assert found.pop("dtypes")[0] == "model.embed_tokens.weight: bfloat16 | float32"
-    assert list(found) == ["bits"]
+    assert found.pop("dtypes") == ["bfloat16 | float32: model.embed_tokens.weight and 24 more"]
+    assert not found  # each number is the other's, rounded
+    edit(base, "model.layers.1.mlp.up_proj.weight", (3, 5), 0.25)
+    edit(base, "model.norm.weight", (0,), 2.0)
+    found = differing(verify.compare(str(tmp_path / "half"), str(base), logits=False))
+    assert [bits.split(":")[0] for bits in found["bits"]] == ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"]  # the worst first
     other = tiny.make("llama", tmp_path / "other", num_hidden_layers=3, vocab_size=261)
     found = differing(verify.compare(str(base), str(other)))
     assert {"model_type: qwen3 | llama", "num_layers: 2 | 3", "qk_norm: True | False"} <= set(found["architecture"])

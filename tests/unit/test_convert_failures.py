@@ -522,9 +522,12 @@ def test_the_wrong_kind_of_checkpoint(work: Path, refused: Refused) -> None:
     edit_json(work / "hf" / "config.json", torch_dtype="float32")
     refused(lambda output: operations.export_peft(work / "hf", output), "no checkpoint of the learner", "train/checkpoints/step_N")
     refused(lambda output: operations.export_peft(work, output), "step_1")
-    refused(lambda output: operations.megatron_to_hf(work / "hf", output), "no Megatron distributed checkpoint")
+    refused(lambda output: operations.megatron_to_hf(work / "hf", output), "Hugging Face layout", "hf-to-megatron")
+    refused(lambda output: operations.megatron_to_hf(work / "nowhere", output), "there is no folder", "nowhere")
+    refused(lambda output: operations.megatron_to_hf(work, output), "no Megatron distributed checkpoint")
+    refused(lambda output: operations.megatron_to_hf(work / "step_1", output), "adapter", "merge-lora")
     refused(lambda output: operations.megatron_to_hf(work / "step_1", output, base_path=str(work / "hf")), "adapter", "merge-lora")
-    refused(lambda output: operations.hf_to_megatron(str(work / "megatron" / "release"), output), "config.json")
+    refused(lambda output: operations.hf_to_megatron(str(work / "megatron" / "release"), output), "megatron-to-hf")
     refused(lambda output: operations.hf_to_megatron(str(work / "adapter"), output), "config.json")
 
 
@@ -816,7 +819,8 @@ SHOWN = r"[red]x[/red]\x1b[31m\x07\n\u202e"
         ),
         (["merge-lora", "--base-path", "{hf}", "--adapter-path", "{hf}", "--output-path", "{out}"], ["holds no adapter"]),
         (["export-peft", "--megatron-path", "{megatron}", "--output-path", "{out}"], ["no checkpoint of the learner"]),
-        (["inspect", "{out}"], ["is no checkpoint"]),
+        (["inspect", "{out}"], ["no model folder"]),
+        (["verify", "{adapter}", "{hf}"], ["is an adapter", "merge-lora"]),
         (["inspect", "{bin}"], ["pytorch_model.bin", "--allow-pickle"]),
     ],
 )  # fmt: skip

@@ -67,6 +67,10 @@ class Architecture:
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
+        if not (folder / "config.json").is_file():
+            found = "is a Megatron checkpoint: megatron-to-hf makes a model folder of it"
+            megatrons = (folder / ".metadata").is_file() or (folder / "latest_checkpointed_iteration.txt").is_file()
+            raise UserError(f"{folder} {found if megatrons else 'has no config.json: give a model folder in Hugging Face layout'}")
         try:
             config: Any = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, TypeError, KeyError, ArithmeticError, RecursionError, StrictDataclassError) as error:

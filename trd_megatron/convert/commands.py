@@ -171,7 +171,9 @@ def export_peft(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of either format, or a PEFT folder.")],
+    path: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint of either format, a PEFT folder, a hub id or builtin:NAME.")
+    ],
     every: Annotated[bool, typer.Option("--all", help="Every tensor; without it, layers that are alike are one line.")] = False,
 ) -> None:
     """What a checkpoint holds: architecture, tensors with shapes and dtypes, sizes, versions, where it comes from.
@@ -180,9 +182,10 @@ def inspect(
 
       trd convert inspect ckpt/qwen3-8b
     """
+    from trd_megatron.builtin_models import local
     from trd_megatron.convert import inspect as looking
 
-    for part in looking.describe(path, every=every):
+    for part in looking.describe(local(path), every=every):
         output.print(part, highlight=False)
 
 
@@ -210,6 +213,7 @@ def verify(
 
     report = comparing.compare(a, b, base_path=base_path, logits=not no_logits)
     output.print(report.table, highlight=False)
+    output.print(report.verdict, highlight=False)
     if not report.same:
         raise typer.Exit(1)
 

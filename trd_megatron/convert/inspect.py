@@ -53,7 +53,10 @@ def describe(path: Path, *, every: bool) -> Iterator[RenderableType]:
 
 
 def _table(tensors: list[_Tensor], every: bool) -> Table:
-    table = Table("tensor", "shape", "dtype", "number")
+    table = Table()
+    table.add_column("tensor", overflow="fold", ratio=1)  # the names are what one came for
+    for name in ("shape", "dtype", "number"):
+        table.add_column(name)
     groups: dict[tuple[str, tuple[int, ...], str], list[_Tensor]] = {}
     for tensor in tensors:
         pattern = tensor.name if every else _NUMBER.sub("*", tensor.name)
@@ -78,6 +81,8 @@ def _read(path: Path) -> tuple[str, list[_Tensor], list[tuple[str, Any]]]:
         weights = Weights(path, allow_pickle=False)
         tensors = [_Tensor(name, shape, weights.dtypes[name]) for name, shape in sorted(weights.shapes.items(), key=_natural)]
         return "Hugging Face", tensors, [*_architecture(path), *_made_by(path)]
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}: give a checkpoint, a hub id or builtin:NAME")
     if not (path / ".metadata").is_file() and not (path / megatron.TRACKER).is_file():
         raise UserError(f"{path} is no checkpoint: it has neither config.json, {peft.CONFIG}, .metadata nor {megatron.TRACKER}")
     folder = megatron.checkpoint_folder(path)
@@ -85,7 +90,7 @@ def _read(path: Path) -> tuple[str, list[_Tensor], list[tuple[str, Any]]]:
     tensors = [
         _Tensor(name, checkpoint.shape(name), str(checkpoint.dtype(name)).removeprefix("torch.")) for name in sorted(checkpoint.tensors)
     ]
-    facts = [*_architecture(folder / megatron.COMPANIONS), *_made_by(path), *_recorded(folder)]
+    facts = [*_architecture(folder / megatron.COMPANIONS), *_made_by(path), *_recorded(folder), *_adapter(folder)]
     return f"Megatron distributed checkpoint (torch_dist), {folder.name}", tensors, facts
 
 
@@ -113,7 +118,7 @@ def _architecture(folder: Path) -> Iterator[tuple[str, Any]]:
     scaling = "" if a.rope.kind == "default" else f", {a.rope.kind} scaling by {a.rope.factor:g}"
     yield "positions", f"RoPE base {a.rope.theta:g}{scaling}, up to {a.max_position_embeddings}"
     yield "vocabulary", f"{a.vocab_size}, {'tied' if a.tied_embeddings else 'untied'} embeddings"
-    yield "tensor parallel", f"sizes {', '.join(map(str, a.tensor_parallel_sizes()))}"
+    yield "tensor parallel", f"possible sizes {', '.join(map(str, a.tensor_parallel_sizes()))}"
 
 
 def _made_by(path: Path) -> Iterator[tuple[str, Any]]:
@@ -126,6 +131,13 @@ def _made_by(path: Path) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{manifest} is damaged ({type(error).__name__}: {error}): copy the checkpoint again") from None
         yield "made by", by
         yield "versions", versions
+
+
+def _adapter(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Of a checkpoint of the learner."""
+    settings = peft.recorded(folder) if (folder / peft.STATE).is_file() else None
+    if settings:
+        yield "adapter", ", ".join(f"{key} {value}" for key, value in settings.items())
 
 
 def _recorded(folder: Path) -> Iterator[tuple[str, Any]]:

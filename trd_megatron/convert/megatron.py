@@ -26,6 +26,10 @@ def checkpoint_folder(path: Path) -> Path:
     if (path / ".metadata").is_file():
         return path
     tracker = path / TRACKER
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path}: give a Megatron distributed checkpoint")
+    if (path / "config.json").is_file():
+        raise UserError(f"{path} is a folder in Hugging Face layout, not a Megatron checkpoint: hf-to-megatron makes one of it")
     if not tracker.is_file():
         raise UserError(f"{path} is no Megatron distributed checkpoint: it has neither .metadata nor {TRACKER}")
     latest = tracker.read_text(encoding="utf-8", errors="replace")[:40].strip()
@@ -49,11 +53,13 @@ class Megatron:
         """
         self.path = path
         folder = checkpoint_folder(path)
+        self._checkpoint = TorchDist(folder)
+        if any(".lora_" in name for name in self._checkpoint.tensors):
+            raise UserError(f"{self.path} holds an adapter and no model: trd convert merge-lora or export-peft converts it")
         self.companions = base or folder / COMPANIONS
         if not (self.companions / "config.json").is_file():
             raise UserError(f"{folder} has no {COMPANIONS}/config.json: give the model's Hugging Face folder with --base-path")
         self.architecture = Architecture.from_hf(self.companions)
-        self._checkpoint = TorchDist(folder)
         self._check()
 
     def dtype(self, entry: Entry) -> torch.dtype:
@@ -90,8 +96,6 @@ class Megatron:
         raise self._without(entry.key)
 
     def _without(self, key: str) -> UserError:
-        if any(".lora_" in name for name in self._checkpoint.tensors):
-            return UserError(f"{self.path} holds an adapter and no model: trd convert merge-lora or export-peft converts it")
         return UserError(f"{self.path} has no tensor {key}: it does not fit {self._config}")
 
     @property

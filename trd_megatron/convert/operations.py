@@ -91,3 +91,4 @@ def export_peft(megatron_path: Path, output_path: Path, *, base_path: str | None
     made_by = {"command": "export-peft", "source": str(megatron_path), "base": base}
     with new_folder(output_path, sum(factor.nbytes for factor in adapter.factors.values()), made_by) as output:
         peft.write(adapter.factors, adapter.rank, adapter.alpha, base, output.folder)
+        output.advance(sum(factor.nbytes for factor in adapter.factors.values()))

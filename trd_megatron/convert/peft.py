@@ -68,13 +68,19 @@ def read_checkpoint(folder: Path) -> Adapter:
     """The adapter in train/checkpoints/step_<n>. Needs no ranks and no Megatron. Raises UserError if there is none or it is damaged."""
     if not (folder / STATE).is_file():
         raise UserError(f"{folder} is no checkpoint of the learner, it has no {STATE}{_steps(folder) or ': give train/checkpoints/step_N'}")
-    settings = _read_json(folder / STATE).get("lora")
+    settings = recorded(folder)
     if settings is None:
         raise UserError(f"checkpoint {folder} holds no adapter: every parameter was trained, or an earlier version saved it")
-    if not isinstance(settings, dict):
-        raise UserError(f"{folder / STATE}: lora is {settings!r}: copy the checkpoint again")
     rank, alpha = _rank_alpha(folder / STATE, settings, "rank", "alpha")
     return _adapter(folder, read_factors(folder), rank, alpha, str(settings.get("base") or ""), alpha / rank)
+
+
+def recorded(folder: Path) -> dict[str, Any] | None:
+    """rank, alpha and base of the adapter in a checkpoint of the learner; None if every parameter was trained. Raises UserError."""
+    settings = _read_json(folder / STATE).get("lora")
+    if settings is not None and not isinstance(settings, dict):
+        raise UserError(f"{folder / STATE}: lora is {settings!r}: copy the checkpoint again")
+    return settings
 
 
 def read_factors(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Comparing two checkpoints, of either format: what a conversion has to keep."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from trd_megatron import progress
 from trd_megatron.builtin_models import local
-from trd_megatron.convert import huggingface, logits, output
+from trd_megatron.convert import huggingface, logits, output, peft
 from trd_megatron.convert.architecture import Architecture
 from trd_megatron.convert.huggingface import HuggingFace
 from trd_megatron.convert.mapping import Entry, entries, expected_shapes
@@ -50,6 +51,11 @@ class Report:
         return not any(check.differences for check in self.checks)
 
     @property
+    def verdict(self) -> str:
+        differ = [check.name for check in self.checks if check.differences]
+        return f"they differ in {len(differ)} of {len(self.checks)} checks" if differ else "they are the same"
+
+    @property
     def table(self) -> Table:
         table = Table("", "", "", title=Text(printable(f"{self.a} and {self.b}")), show_header=False, title_justify="left")
         for check in self.checks:
@@ -79,6 +85,8 @@ def compare(a: str, b: str, *, base_path: str | None = None, logits: bool = True
 
 
 def _open(path: Path, base: Path | None) -> Source:
+    if (path / peft.CONFIG).is_file():
+        raise UserError(f"{path} is an adapter: verify compares models; merge it into its base first (merge-lora)")
     return HuggingFace(path) if (path / "config.json").is_file() else Megatron(path, base)
 
 
@@ -101,7 +109,7 @@ def _checksums(path: Path) -> Check | None:
             elif file.stat().st_size != size or file_sha256(file) != digest:
                 differences.append(f"{name} is not what was written")
             advance(size)
-    return Check(f"checksums of {path.name}", differences, f"{len(files)} files")
+    return Check(f"checksums of {path}", differences, f"{len(files)} files")
 
 
 def _architectures(one: Architecture, other: Architecture) -> Check:
@@ -116,8 +124,9 @@ def _tensors(one: Source, other: Source) -> tuple[Check, Check, Check]:
     names = [f"{name} is missing in the {place}" for place, missing in _missing(ours, theirs) for name in missing]
     both = [name for name in ours if name in theirs]
     shapes = [f"{n}: {ours[n][1]} | {theirs[n][1]}" for n in both if ours[n][1] != theirs[n][1]]
-    dtypes: list[str] = []
-    bits: list[str] = []
+    dtypes: dict[str, list[str]] = {}
+    bits: list[tuple[float, str]] = []
+    rounded = 0
     with progress.byte_bar("tensors", huggingface.nbytes(one, None)) as advance:
         for entry in entries(one.architecture):
             pair = [name for name in entry.hf if name in theirs and ours[name][1] == theirs[name][1]]
@@ -128,14 +137,21 @@ def _tensors(one: Source, other: Source) -> tuple[Check, Check, Check]:
                 mine = read[name]
                 advance(mine.nbytes)
                 if mine.dtype != tensor.dtype:
-                    dtypes.append(f"{name}: {_plain(mine.dtype)} | {_plain(tensor.dtype)}")
+                    dtypes.setdefault(f"{_plain(mine.dtype)} | {_plain(tensor.dtype)}", []).append(name)
+                    narrow = min(mine.dtype, tensor.dtype, key=lambda dtype: (dtype.itemsize, dtype != tensor.dtype))
+                    mine, tensor = mine.to(narrow), tensor.to(narrow)
+                    rounded += 1
                 if (difference := _difference(mine, tensor)) is not None:
-                    bits.append(f"{name}: {difference}")
+                    bits.append((difference[0], f"{name}: {difference[1]}"))
+    of_dtypes = [f"{pair}: {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else "") for pair, names in dtypes.items()]
+    compared = f"{huggingface.nbytes(one, None) / 1e6:,.1f} MB compared" + (
+        f", {rounded} tensors rounded to the narrower" if rounded else ""
+    )
     found = sorted({_plain(one.dtype(entry)) for entry in entries(one.architecture)})
     return (
         Check("names and shapes", names + shapes, f"{len(ours)} tensors"),
-        Check("dtypes", dtypes, ", ".join(found)),
-        Check("bits", bits, f"{huggingface.nbytes(one, None) / 1e6:,.1f} MB compared"),
+        Check("dtypes", of_dtypes, ", ".join(found)),
+        Check("bits", [text for _, text in sorted(bits, key=lambda bit: -bit[0])], compared),
     )
 
 
@@ -163,21 +179,15 @@ def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _difference(one: torch.Tensor, other: torch.Tensor) -> str | None:
-    """How two tensors of one shape differ. NaN counts as equal to NaN of the same bits."""
-    if one.dtype == other.dtype:
-        integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
-        if torch.equal(one.view(integers), other.view(integers)):
-            return None
-        unequal = one.view(integers) != other.view(integers)
-    else:
-        unequal = one.double() != other.double()
-    count = int(unequal.sum())
-    if not count:
+def _difference(one: torch.Tensor, other: torch.Tensor) -> tuple[float, str] | None:
+    """How two tensors of one shape and dtype differ: by how much at most, and in words. NaN is equal to NaN of the same bits."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
+    if torch.equal(one.view(integers), other.view(integers)):
         return None
-    first = tuple(int(place) for place in unequal.nonzero()[0])
-    largest = (one.double() - other.double()).abs().max().item()
-    return f"{count:,} of {one.numel():,} numbers, by at most {largest:.3g}, the first at {list(first)}"
+    unequal = one.view(integers) != other.view(integers)
+    first = [int(place) for place in unequal.nonzero()[0]]
+    largest = (one.double() - other.double()).abs().nan_to_num(math.inf, math.inf).max().item()
+    return largest, f"{int(unequal.sum()):,} of {one.numel():,} numbers, by at most {largest:.3g}, the first at {first}"
 
 
 def _companions(one: Path, other: Path) -> Check:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def write(path: Path, specs: dict[str, Spec], tensors: Iterable[torch.Tensor]) -
     end = 0
     for name, spec in specs.items():
         assert end % spec.dtype.itemsize == 0, f"{name} would not be aligned"
-        header[name] = {"dtype": _NAMES[spec.dtype], "shape": spec.shape, "data_offsets": (end, end + spec.nbytes)}
+        header[name] = {"dtype": NAMES[spec.dtype], "shape": spec.shape, "data_offsets": (end, end + spec.nbytes)}
         end += spec.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from trd_megatron.convert.checked_reader import checked
-from trd_megatron.convert.safe_metadata import METADATA, read_metadata
+from trd_megatron.convert.safe_metadata import COMMON, METADATA, read_metadata
 from trd_megatron.convert.source import ahead
 from trd_megatron.errors import UserError
 
@@ -226,7 +226,7 @@ def write(
             written(folder / name)
     metadata = Metadata(entries, storage_data=stored, storage_meta=StorageMeta(save_id=str(uuid.uuid4())), version="1.0.0")
     (folder / METADATA).write_bytes(pickle.dumps(metadata))
-    (folder / "common.pt").write_bytes(_saved(common))
+    (folder / COMMON).write_bytes(_saved(common))
     versions = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
     (folder / "metadata.json").write_text(json.dumps(versions), encoding="utf-8")
 

@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from trd_megatron.convert.safetensors_file import NAMES
 from trd_megatron.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES = {name: str(dtype).removeprefix("torch.") for dtype, name in NAMES.items()}
 
 
 class _Shard(Protocol):

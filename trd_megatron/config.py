@@ -6,7 +6,6 @@ what is computed: changing it never makes a finished stage stale.
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,11 +99,54 @@ class MethodConfig:
 
 
 @dataclass
+class ServersConfig:
+    """The SGLang servers of one role. What they are asked for never changes the ids' distribution, but for fp8 and extra_args."""
+
+    urls: list[str] = opt(
+        [], "engine.launch=false: servers that already run, e.g. [http://127.0.0.1:30000], or one sglang-router.", layout=True
+    )
+    data_parallel_size: int = opt(1, "Copies of the model, each a server of its own.", layout=True)
+    tensor_parallel_size: int = opt(1, "GPUs that share one server's model.", layout=True)
+    gpus: list[int] = opt([], "GPUs of these servers (empty: from the first on, as many as they need).", layout=True)
+    mem_fraction_static: float | None = opt(
+        None, "Share of a GPU's memory for weights and KV cache (null: SGLang's own choice).", layout=True
+    )
+    context_length: int | None = opt(None, "Longest prompt and response together (null: the model's own).", layout=True)
+    fp8: bool = opt(False, "Weights in fp8, quantised when they are loaded.")
+    extra_args: list[str] = opt([], "Further flags of sglang.launch_server, e.g. [--kv-cache-dtype, fp8_e5m2].")
+
+
+@dataclass
 class EngineConfig:
-    kind: str = opt("local", "local: embedded generation with transformers.", choices=("local",))
-    device: str = opt("cpu", "Where the engine runs.", choices=("cpu", "cuda"))
+    kind: str = opt(
+        "local", "sglang: SGLang servers, over HTTP. local: embedded generation with transformers.", choices=("local", "sglang")
+    )
+    device: str = opt("cpu", "Where the engine, or the servers it launches, run.", choices=("cpu", "cuda"))
     dtype: str = opt("float32", "Weights and activations of the engine.", choices=("float32", "bfloat16"))
     batch_size: int = opt(32, "local: sequences decoded together.")
+    launch: bool = opt(False, "sglang: start and stop servers (false: attach to engine.student.urls, engine.teacher.urls).", layout=True)
+    keep_servers: bool = opt(
+        False,
+        "launch: servers stay up while the learner trains, on GPUs of their own (false: they give their GPUs back before training).",
+        layout=True,
+    )
+    python: str | None = opt(
+        None,
+        "launch: Python of the environment with SGLang (null: .venv-sglang/bin/python if it is there, else this one).",
+        layout=True,
+    )
+    deterministic: bool = opt(
+        False, "launch on cuda: --enable-deterministic-inference, so that a sample's seed decides its ids, whatever else is in the batch."
+    )
+    max_outstanding: int = opt(256, "sglang: requests in flight per server.", layout=True)
+    attempts: int = opt(5, "sglang: a request that failed so often, on every server, is recorded as abort with its reason.", layout=True)
+    connect_timeout_s: float = opt(10.0, "sglang: seconds until a connection stands.", layout=True)
+    read_timeout_s: float = opt(60.0, "sglang: seconds between two pieces of an answer once it has begun.", layout=True)
+    request_timeout_s: float = opt(3600.0, "sglang: seconds for one request, queueing in the server included.", layout=True)
+    start_timeout_s: float = opt(1800.0, "launch: seconds until a server must be healthy.", layout=True)
+    give_up_after_s: float = opt(600.0, "sglang: seconds without any healthy server after which the run ends.", layout=True)
+    student: ServersConfig = opt(ServersConfig, "Servers of the student; in OPSD they refine too.")
+    teacher: ServersConfig = opt(ServersConfig, "OPD: servers of the teacher.")
 
 
 @dataclass
@@ -217,6 +259,7 @@ class Config:
     name: str = opt(MISSING, "Name of the experiment.")
     run_dir: str = opt("runs/${name}", "Folder of the run.", layout=True)
     seed: int = opt(0, "Seed of everything that is drawn.")
+    rounds: int = opt(1, "Times that rollout, refine and train are repeated, each time with the newest student.")
     task: str = opt("math", "What kind of problems.", choices=("math",))
     mode: str = opt("opsd", "opsd: self-distillation under the reference solution. opd: another model teaches.", choices=("opd", "opsd"))
     model: ModelConfig = opt(ModelConfig, "Student.")
@@ -260,7 +303,7 @@ def leaves(schema: type = Config, prefix: str = "") -> Iterator[tuple[str, datac
             yield prefix + f.name, f
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
     """The known word that the user most likely meant. For dotted keys the last part alone is tried as well."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if not close:
@@ -278,7 +321,7 @@ def _check_key(key: str) -> None:
     inner = [name for name in known if name.startswith(key + ".")]
     if inner:
         raise UserError(f"{key} is a section; set one of its keys, e.g. {inner[0]}=...")
-    raise UserError(f"unknown key {key}: {_nearest(key, list(known))}")
+    raise UserError(f"unknown key {key}: {nearest(key, list(known))}")
 
 
 def _one_line(error: Exception) -> str:
@@ -309,8 +352,8 @@ def load(overrides: Sequence[str]) -> Config:
             if any(earlier.startswith(f"{key}=") for earlier in chosen):
                 raise UserError(f"{key} is given twice: keep one")
             if str(override.value()) not in options(key):
-                nearest = difflib.get_close_matches(str(override.value()), options(key), n=1)
-                hint = f"did you mean {nearest[0]}? " if nearest else ""
+                close = difflib.get_close_matches(str(override.value()), options(key), n=1)
+                hint = f"did you mean {close[0]}? " if close else ""
                 raise UserError(f"no {key} named '{override.value()}': {hint}known: {', '.join(options(key))}")
             chosen.append(text)
         else:
@@ -345,8 +388,10 @@ def _build(container: Any, values: dict[str, Any]) -> Config:
         known = dict(leaves())
         if key in known:
             raise UserError(f"{key}: {_one_line(error)}") from None
-        raise UserError(f"unknown key {key}: {_nearest(str(key), list(known))}") from None
+        raise UserError(f"unknown key {key}: {nearest(str(key), list(known))}") from None
     assert isinstance(config, Config)
+    from trd_megatron.config_checks import check  # which imports this module
+
     check(config)
     return config
 
@@ -367,157 +412,3 @@ def get(config: Config, key: str) -> Any:
 def benchmark_name(benchmark: str) -> str:
     """How results of a benchmark are called: test, or the file's name without its ending."""
     return benchmark if benchmark == "test" else Path(benchmark).stem
-
-
-POSITIVE = (
-    "rollout.max_prompt_tokens", "rollout.max_response_tokens", "rollout.samples_per_problem", "rollout.shard_size",
-    "refine.max_prompt_tokens", "refine.max_response_tokens", "refine.max_reference_tokens", "refine.shard_size",
-    "evaluate.max_prompt_tokens", "evaluate.max_response_tokens", "evaluate.samples", "evaluate.shard_size",
-    "engine.batch_size", "verify.timeout_s", "verify.workers", "method.divergence.temperature",
-    "learner.tensor_model_parallel_size", "learner.context_parallel_size", "learner.data_parallel_size",
-    "learner.max_tokens_per_micro_batch", "learner.kl_chunk_tokens", "learner.global_batch_size", "learner.epochs",
-    "learner.learning_rate", "learner.clip_grad",
-    "learner.lora.rank", "learner.lora.alpha", "learner.held_out_samples", "learner.eval_interval",
-    "learner.checkpoint_interval", "learner.keep_checkpoints",
-)  # fmt: skip
-OPTIONAL_POSITIVE = (
-    "data.train_problems", "learner.max_steps", "learner.peak_tflops", "method.divergence.top_k", "method.divergence.clip",
-)  # fmt: skip
-UNIT_INTERVAL = (
-    "rollout.top_p",
-    "refine.top_p",
-    "evaluate.top_p",
-    "learner.warmup_ratio",
-    "learner.min_learning_rate_ratio",
-    "learner.adam_beta1",
-    "learner.adam_beta2",
-)
-RESERVED_KWARGS = ("conversation", "tokenize", "add_generation_prompt", "chat_template", "return_dict", "return_tensors")  # fmt: skip
-
-
-def _check_lora(lora: LoraConfig) -> None:
-    if lora.rank < 1:
-        raise UserError("learner.lora.rank must be at least 1")
-    if not 0 <= lora.dropout < 1:
-        raise UserError(f"learner.lora.dropout={lora.dropout}: must be 0 or above and below 1")
-    known = LoraConfig().targets
-    for target in lora.targets:
-        if target not in known:
-            raise UserError(f"learner.lora.targets: no layer named '{target}'; known: {', '.join(known)}")
-    if not lora.targets or len(set(lora.targets)) < len(lora.targets):
-        raise UserError("learner.lora.targets needs at least one layer, each once")
-
-
-def _check_precision(learner: LearnerConfig) -> None:
-    engine = learner.device == "cuda" and learner.dtype == "bfloat16"
-    if learner.transformer_impl == "transformer_engine" and not engine:
-        raise UserError(
-            "learner.transformer_impl=transformer_engine needs learner.device=cuda and learner.dtype=bfloat16: "
-            "set learner.transformer_impl=auto"
-        )
-    if learner.fp8 != "none" and engine and learner.transformer_impl == "local":
-        raise UserError(f"learner.fp8={learner.fp8} needs Transformer Engine: set learner.transformer_impl=auto, or learner.fp8=none")
-    if learner.fp8 != "none" and not engine:
-        raise UserError(
-            f"learner.fp8={learner.fp8} needs learner.device=cuda, learner.dtype=bfloat16 and Transformer Engine: set learner.fp8=none"
-        )
-    if learner.fp8_bf16_layers < 0:
-        raise UserError(f"learner.fp8_bf16_layers={learner.fp8_bf16_layers}: must be 0 or above")
-    if learner.fp8_bf16_layers and learner.fp8 in ("none", "delayed"):
-        raise UserError(f"learner.fp8_bf16_layers needs learner.fp8=current, blockwise or mxfp8, not {learner.fp8}")
-
-
-def _check_data(config: Config) -> None:
-    if config.data.source == "file" and config.data.path is None:
-        raise UserError("data.source=file needs data.path, a .parquet or .jsonl file")
-    if config.data.source == "arithmetic" and config.data.path is not None:
-        raise UserError("data.source=arithmetic makes its problems: leave data.path out, or set data.source=file")
-    if config.data.source == "arithmetic" and config.data.train_problems is None:
-        raise UserError("data.source=arithmetic makes as many problems as you ask for: set data.train_problems")
-    if config.data.test_problems < 0:
-        raise UserError("data.test_problems must be 0 or above")
-    if config.data.test_problems == 0 and "test" in config.evaluate.benchmarks:
-        raise UserError("evaluate.benchmarks has 'test', which needs data.test_problems above 0")
-    names = [benchmark_name(benchmark) for benchmark in config.evaluate.benchmarks]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"evaluate.benchmarks has two benchmarks named '{name}': rename one of the files")
-
-
-def _check_learner(config: Config) -> None:
-    learner = config.learner
-    if learner.sequence_parallel and learner.tensor_model_parallel_size == 1:
-        raise UserError("learner.sequence_parallel=true needs learner.tensor_model_parallel_size above 1")
-    trained = config.refine if config.method.trajectory == "refined" else config.rollout
-    prompt = max(config.refine.max_prompt_tokens, config.rollout.max_prompt_tokens)
-    longest = prompt + trained.max_response_tokens
-    if learner.max_tokens_per_micro_batch < longest:
-        raise UserError(
-            f"learner.max_tokens_per_micro_batch={learner.max_tokens_per_micro_batch} is below the longest sequence, "
-            f"the prompt budget plus {'refine' if trained is config.refine else 'rollout'}.max_response_tokens = {longest}"
-        )
-    if learner.kl_backend == "triton" and (learner.device == "cpu" or learner.dtype == "float64"):
-        raise UserError("learner.kl_backend=triton needs learner.device=cuda and float32 or bfloat16: set learner.kl_backend=auto")
-    if learner.max_restarts < 0:
-        raise UserError(f"learner.max_restarts={learner.max_restarts}: must be 0 or above")
-    _check_lora(learner.lora)
-    _check_precision(learner)
-    if learner.teacher_offload and (learner.device == "cpu" or (config.mode == "opsd" and learner.trainable == "lora")):
-        raise UserError(
-            "learner.teacher_offload=true needs learner.device=cuda and a teacher with weights of its own (mode=opd, or "
-            "learner.trainable=full): set it to false"
-        )
-    for key in ("learner.adam_beta1", "learner.adam_beta2"):
-        if get(config, key) == 1:
-            raise UserError(f"{key}=1: must be below 1")
-    if learner.weight_decay < 0:
-        raise UserError(f"learner.weight_decay={learner.weight_decay}: must be 0 or above")
-
-
-def check(config: Config) -> None:
-    """Cross-checks. Raises UserError that names the key to change."""
-    for key, f in leaves():
-        value = get(config, key)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{key}={value}: must be finite")
-        choices = f.metadata["choices"]
-        if choices and value not in choices:
-            raise UserError(f"{key}={value}: must be one of {', '.join(choices)}; {_nearest(str(value), choices)}")
-        if value == MISSING:
-            raise UserError(f"{key} is not set: {f.metadata['help']}")
-    for key in POSITIVE:
-        if get(config, key) <= 0:
-            raise UserError(f"{key}={get(config, key)}: must be above 0")
-    for key in OPTIONAL_POSITIVE:
-        if get(config, key) is not None and get(config, key) <= 0:
-            raise UserError(f"{key}={get(config, key)}: must be above 0 or null")
-    for key in UNIT_INTERVAL:
-        if not 0 <= get(config, key) <= 1:
-            raise UserError(f"{key}={get(config, key)}: must lie between 0 and 1")
-    for section in ("rollout", "refine", "evaluate"):
-        if get(config, f"{section}.temperature") < 0:
-            raise UserError(f"{section}.temperature must be 0 (greedy) or above")
-        if get(config, f"{section}.top_p") == 0:
-            raise UserError(f"{section}.top_p=0: must be above 0 (temperature 0 is greedy)")
-        top_k = get(config, f"{section}.top_k")
-        if top_k < 1 and top_k != -1:
-            raise UserError(f"{section}.top_k={top_k}: must be at least 1, or -1 for the whole vocabulary")
-
-    for role in ("student", "teacher"):
-        for name in get(config, f"{role}.chat_template_kwargs"):
-            if name in RESERVED_KWARGS:
-                raise UserError(f"{role}.chat_template_kwargs.{name} is not the template's but ours: leave it out")
-
-    if config.mode == "opd" and config.teacher.path is None:
-        raise UserError("mode=opd needs a teacher: set teacher.path, or mode=opsd")
-    if config.mode == "opsd" and config.teacher.path is not None:
-        raise UserError("mode=opsd teaches with the student itself: set teacher.path=null, or mode=opd")
-    _check_data(config)
-    _check_learner(config)
-    divergence = config.method.divergence
-    if not 0 < divergence.beta < 1:
-        raise UserError(f"method.divergence.beta={divergence.beta}: must lie between 0 and 1, both excluded")
-    if divergence.kind == "jsd" and divergence.top_k is not None:
-        raise UserError("method.divergence.kind=jsd needs method.divergence.top_k=null")
-    if config.export.checkpoint not in ("last", "best") and not config.export.checkpoint.isdigit():
-        raise UserError(f"export.checkpoint={config.export.checkpoint}: must be last, best or a step number")

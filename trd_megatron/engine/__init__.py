@@ -11,5 +11,5 @@ def make_engine(config: Config, model_path: Path) -> Engine:
     from trd_megatron.engine.local import LocalEngine
 
     engine = config.engine
-    assert engine.kind == "local"  # the only choice that config.check lets through
+    assert engine.kind == "local"  # the only choice that config_checks lets through
     return LocalEngine(model_path, device=engine.device, dtype=engine.dtype, batch_size=engine.batch_size)  # type: ignore[arg-type]

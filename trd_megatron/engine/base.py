@@ -1,10 +1,28 @@
 """What a generation engine is to the stages that use it: shards of token ids in, token ids out."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What an engine is to serve: a model folder and which it is.
+
+    version: the round whose training made the student, 0 before any; always 0 for a teacher. fingerprint: of the folder's
+    content. label: what a server calls these weights in its answers.
+    """
+
+    path: Path
+    version: int
+    fingerprint: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.version}-{self.fingerprint[:12]}"
 
 
 @dataclass(frozen=True)
@@ -21,7 +39,7 @@ class SamplingParams:
 class Request:
     """One sample to draw. Its draw depends on `seed`, not on its neighbours in the batch (up to rounding)."""
 
-    prompt_ids: list[int]
+    prompt_ids: Sequence[int]
     seed: int
 
 
@@ -30,12 +48,19 @@ class Generation:
     """One drawn response.
 
     token_ids includes the end-of-turn token when it was produced (finish_reason "stop"). logprobs are those of token_ids
-    at temperature 1 over the full vocabulary, before top-k and top-p; same length as token_ids.
+    at temperature 1 over the full vocabulary, before top-k and top-p; same length as token_ids. weight_version: that of the
+    Weights it was drawn from. abort_reason: one line, where finish_reason is "abort"; token_ids is empty then.
     """
 
-    token_ids: list[int]
-    logprobs: list[float]
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
     finish_reason: FinishReason
+    weight_version: int = 0
+    abort_reason: str | None = None
+
+
+class EngineFailedError(RuntimeError):
+    """No server is left to draw from, or one could not be started. What was finished is kept."""
 
 
 class Engine(Protocol):

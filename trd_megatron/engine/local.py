@@ -130,7 +130,7 @@ class LocalEngine:
             results.update(zip(rows, self._decode([shard[i] for i in rows], sampling, on_tokens), strict=True))
         return [results[i] for i in range(len(shard))]
 
-    def _check_prompt(self, prompt_ids: list[int], max_new_tokens: int) -> None:
+    def _check_prompt(self, prompt_ids: Sequence[int], max_new_tokens: int) -> None:
         if not prompt_ids:
             raise ValueError("a prompt has no tokens")
         if max(prompt_ids) >= self._vocab_size or min(prompt_ids) < 0:
@@ -188,7 +188,7 @@ class LocalEngine:
             logits = output.logits[:, -1].float()
         return [Generation(*parts) for parts in zip(ids, logprobs, reasons, strict=True)]
 
-    def _prefill(self, prompts: Sequence[list[int]], max_new_tokens: int) -> tuple[Tensor, InPlaceCache, Tensor]:
+    def _prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[Tensor, InPlaceCache, Tensor]:
         """Runs every distinct prompt once. Returns logits [B, V] float32 of the first response token, the cache with a row
         for each prompt, and mask [B, L + max_new_tokens], false on the padding left of a shorter prompt."""
         distinct = list(dict.fromkeys(tuple(prompt) for prompt in prompts))

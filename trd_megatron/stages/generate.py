@@ -68,7 +68,7 @@ def generate(
         ):
             for position, generations in engine.generate(requests, params, progress.tokens):
                 index = pending[position]
-                texts = [chat.decode(g.token_ids) for g in generations]
+                texts = [chat.decode(list(g.token_ids)) for g in generations]
                 answers = [(text, task.problem["answer"]) for text, task in zip(texts, shards[index], strict=True)]
                 verdicts = verifier.verify_many(answers)
                 rows = [

@@ -33,7 +33,7 @@ def load(config: Config) -> list[dict[str, Any]]:
     if data.source == "arithmetic":
         from trd_megatron.data import reasoning_gym
 
-        assert data.train_problems is not None  # config.check
+        assert data.train_problems is not None  # config_checks
         return list(reasoning_gym.load_arithmetic(data.train_problems, data.test_problems, config.seed))
     path = None if data.path is None else parquet.locate(data.path)
     problems = parquet.load(path) if data.source == "file" and path else deepscaler.load(path)

@@ -1,0 +1,207 @@
+"""Cross-checks of a configuration: what the schema alone cannot say."""
+
+import math
+
+from omegaconf import MISSING
+
+from trd_megatron.config import Config, LearnerConfig, LoraConfig, benchmark_name, get, leaves, nearest
+from trd_megatron.errors import UserError
+
+POSITIVE = (
+    "rollout.max_prompt_tokens", "rollout.max_response_tokens", "rollout.samples_per_problem", "rollout.shard_size",
+    "refine.max_prompt_tokens", "refine.max_response_tokens", "refine.max_reference_tokens", "refine.shard_size",
+    "evaluate.max_prompt_tokens", "evaluate.max_response_tokens", "evaluate.samples", "evaluate.shard_size",
+    "rounds", "engine.batch_size", "engine.max_outstanding", "engine.attempts", "engine.connect_timeout_s", "engine.read_timeout_s",
+    "engine.request_timeout_s", "engine.start_timeout_s", "engine.give_up_after_s", "engine.student.data_parallel_size",
+    "engine.student.tensor_parallel_size", "engine.teacher.data_parallel_size", "engine.teacher.tensor_parallel_size",
+    "verify.timeout_s", "verify.workers", "method.divergence.temperature",
+    "learner.tensor_model_parallel_size", "learner.context_parallel_size", "learner.data_parallel_size",
+    "learner.max_tokens_per_micro_batch", "learner.kl_chunk_tokens", "learner.global_batch_size", "learner.epochs",
+    "learner.learning_rate", "learner.clip_grad",
+    "learner.lora.rank", "learner.lora.alpha", "learner.held_out_samples", "learner.eval_interval",
+    "learner.checkpoint_interval", "learner.keep_checkpoints",
+)  # fmt: skip
+OPTIONAL_POSITIVE = (
+    "data.train_problems", "learner.max_steps", "learner.peak_tflops", "engine.student.context_length",
+    "engine.teacher.context_length", "method.divergence.top_k", "method.divergence.clip",
+)  # fmt: skip
+UNIT_INTERVAL = (
+    "rollout.top_p",
+    "refine.top_p",
+    "evaluate.top_p",
+    "learner.warmup_ratio",
+    "learner.min_learning_rate_ratio",
+    "learner.adam_beta1",
+    "learner.adam_beta2",
+)
+OWN_FLAGS = (
+    "--model-path", "--model", "--host", "--port", "--device", "--dtype", "--tp", "--tp-size", "--tensor-parallel-size",
+    "--mem-fraction-static", "--context-length", "--quantization", "--weight-version", "--api-key", "--enable-deterministic-inference",
+)  # fmt: skip
+RESERVED_KWARGS = ("conversation", "tokenize", "add_generation_prompt", "chat_template", "return_dict", "return_tensors")  # fmt: skip
+
+
+def _check_lora(lora: LoraConfig) -> None:
+    if lora.rank < 1:
+        raise UserError("learner.lora.rank must be at least 1")
+    if not 0 <= lora.dropout < 1:
+        raise UserError(f"learner.lora.dropout={lora.dropout}: must be 0 or above and below 1")
+    known = LoraConfig().targets
+    for target in lora.targets:
+        if target not in known:
+            raise UserError(f"learner.lora.targets: no layer named '{target}'; known: {', '.join(known)}")
+    if not lora.targets or len(set(lora.targets)) < len(lora.targets):
+        raise UserError("learner.lora.targets needs at least one layer, each once")
+
+
+def _check_precision(learner: LearnerConfig) -> None:
+    engine = learner.device == "cuda" and learner.dtype == "bfloat16"
+    if learner.transformer_impl == "transformer_engine" and not engine:
+        raise UserError(
+            "learner.transformer_impl=transformer_engine needs learner.device=cuda and learner.dtype=bfloat16: "
+            "set learner.transformer_impl=auto"
+        )
+    if learner.fp8 != "none" and engine and learner.transformer_impl == "local":
+        raise UserError(f"learner.fp8={learner.fp8} needs Transformer Engine: set learner.transformer_impl=auto, or learner.fp8=none")
+    if learner.fp8 != "none" and not engine:
+        raise UserError(
+            f"learner.fp8={learner.fp8} needs learner.device=cuda, learner.dtype=bfloat16 and Transformer Engine: set learner.fp8=none"
+        )
+    if learner.fp8_bf16_layers < 0:
+        raise UserError(f"learner.fp8_bf16_layers={learner.fp8_bf16_layers}: must be 0 or above")
+    if learner.fp8_bf16_layers and learner.fp8 in ("none", "delayed"):
+        raise UserError(f"learner.fp8_bf16_layers needs learner.fp8=current, blockwise or mxfp8, not {learner.fp8}")
+
+
+def _check_data(config: Config) -> None:
+    if config.data.source == "file" and config.data.path is None:
+        raise UserError("data.source=file needs data.path, a .parquet or .jsonl file")
+    if config.data.source == "arithmetic" and config.data.path is not None:
+        raise UserError("data.source=arithmetic makes its problems: leave data.path out, or set data.source=file")
+    if config.data.source == "arithmetic" and config.data.train_problems is None:
+        raise UserError("data.source=arithmetic makes as many problems as you ask for: set data.train_problems")
+    if config.data.test_problems < 0:
+        raise UserError("data.test_problems must be 0 or above")
+    if config.data.test_problems == 0 and "test" in config.evaluate.benchmarks:
+        raise UserError("evaluate.benchmarks has 'test', which needs data.test_problems above 0")
+    names = [benchmark_name(benchmark) for benchmark in config.evaluate.benchmarks]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"evaluate.benchmarks has two benchmarks named '{name}': rename one of the files")
+
+
+def _check_learner(config: Config) -> None:
+    learner = config.learner
+    if learner.sequence_parallel and learner.tensor_model_parallel_size == 1:
+        raise UserError("learner.sequence_parallel=true needs learner.tensor_model_parallel_size above 1")
+    trained = config.refine if config.method.trajectory == "refined" else config.rollout
+    prompt = max(config.refine.max_prompt_tokens, config.rollout.max_prompt_tokens)
+    longest = prompt + trained.max_response_tokens
+    if learner.max_tokens_per_micro_batch < longest:
+        raise UserError(
+            f"learner.max_tokens_per_micro_batch={learner.max_tokens_per_micro_batch} is below the longest sequence, "
+            f"the prompt budget plus {'refine' if trained is config.refine else 'rollout'}.max_response_tokens = {longest}"
+        )
+    if learner.kl_backend == "triton" and (learner.device == "cpu" or learner.dtype == "float64"):
+        raise UserError("learner.kl_backend=triton needs learner.device=cuda and float32 or bfloat16: set learner.kl_backend=auto")
+    if learner.max_restarts < 0:
+        raise UserError(f"learner.max_restarts={learner.max_restarts}: must be 0 or above")
+    _check_lora(learner.lora)
+    _check_precision(learner)
+    if learner.teacher_offload and (learner.device == "cpu" or (config.mode == "opsd" and learner.trainable == "lora")):
+        raise UserError(
+            "learner.teacher_offload=true needs learner.device=cuda and a teacher with weights of its own (mode=opd, or "
+            "learner.trainable=full): set it to false"
+        )
+    for key in ("learner.adam_beta1", "learner.adam_beta2"):
+        if get(config, key) == 1:
+            raise UserError(f"{key}=1: must be below 1")
+    if learner.weight_decay < 0:
+        raise UserError(f"learner.weight_decay={learner.weight_decay}: must be 0 or above")
+
+
+def _check_servers(config: Config) -> None:
+    engine = config.engine
+    if engine.kind == "local":
+        if engine.launch:
+            raise UserError("engine.launch=true starts SGLang servers: set engine.kind=sglang too")
+        return
+    roles = {"student": engine.student} if config.teacher.path is None else {"student": engine.student, "teacher": engine.teacher}
+    for role, servers in roles.items():
+        key = f"engine.{role}"
+        if engine.launch and servers.urls:
+            raise UserError(f"{key}.urls names servers that already run, engine.launch=true starts its own: give one of them")
+        if not engine.launch and not servers.urls:
+            raise UserError(f"{key}.urls is empty: name the servers that run, or set engine.launch=true to start them")
+        for url in servers.urls:
+            if not url.startswith(("http://", "https://")):
+                raise UserError(f"{key}.urls: '{url}' is no URL, e.g. http://127.0.0.1:30000")
+        if len(set(servers.urls)) < len(servers.urls):
+            raise UserError(f"{key}.urls names a server twice")
+        needed = servers.data_parallel_size * servers.tensor_parallel_size
+        if servers.gpus and len(servers.gpus) != needed:
+            raise UserError(
+                f"{key}.gpus names {len(servers.gpus)} GPUs, but {key}.data_parallel_size x tensor_parallel_size needs {needed}"
+            )
+        if len(set(servers.gpus)) < len(servers.gpus):
+            raise UserError(f"{key}.gpus names a GPU twice")
+        fraction = servers.mem_fraction_static
+        if fraction is not None and not 0 < fraction < 1:
+            raise UserError(f"{key}.mem_fraction_static={fraction}: must lie between 0 and 1, both excluded")
+        if servers.fp8 and engine.device == "cpu":
+            raise UserError(f"{key}.fp8=true needs engine.device=cuda")
+        for flag in servers.extra_args:
+            if flag.split("=")[0] in OWN_FLAGS:
+                raise UserError(f"{key}.extra_args: {flag.split('=')[0]} is set by another key of engine: leave it out")
+    if engine.deterministic and engine.device == "cpu":
+        raise UserError("engine.deterministic=true needs engine.device=cuda: SGLang has no deterministic attention on a CPU")
+
+
+def check(config: Config) -> None:
+    """Cross-checks. Raises UserError that names the key to change."""
+    for key, f in leaves():
+        value = get(config, key)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}={value}: must be finite")
+        choices = f.metadata["choices"]
+        if choices and value not in choices:
+            raise UserError(f"{key}={value}: must be one of {', '.join(choices)}; {nearest(str(value), choices)}")
+        if value == MISSING:
+            raise UserError(f"{key} is not set: {f.metadata['help']}")
+    for key in POSITIVE:
+        if get(config, key) <= 0:
+            raise UserError(f"{key}={get(config, key)}: must be above 0")
+    for key in OPTIONAL_POSITIVE:
+        if get(config, key) is not None and get(config, key) <= 0:
+            raise UserError(f"{key}={get(config, key)}: must be above 0 or null")
+    for key in UNIT_INTERVAL:
+        if not 0 <= get(config, key) <= 1:
+            raise UserError(f"{key}={get(config, key)}: must lie between 0 and 1")
+    for section in ("rollout", "refine", "evaluate"):
+        if get(config, f"{section}.temperature") < 0:
+            raise UserError(f"{section}.temperature must be 0 (greedy) or above")
+        if get(config, f"{section}.top_p") == 0:
+            raise UserError(f"{section}.top_p=0: must be above 0 (temperature 0 is greedy)")
+        top_k = get(config, f"{section}.top_k")
+        if top_k < 1 and top_k != -1:
+            raise UserError(f"{section}.top_k={top_k}: must be at least 1, or -1 for the whole vocabulary")
+
+    for role in ("student", "teacher"):
+        for name in get(config, f"{role}.chat_template_kwargs"):
+            if name in RESERVED_KWARGS:
+                raise UserError(f"{role}.chat_template_kwargs.{name} is not the template's but ours: leave it out")
+
+    if config.mode == "opd" and config.teacher.path is None:
+        raise UserError("mode=opd needs a teacher: set teacher.path, or mode=opsd")
+    if config.mode == "opsd" and config.teacher.path is not None:
+        raise UserError("mode=opsd teaches with the student itself: set teacher.path=null, or mode=opd")
+    _check_data(config)
+    _check_learner(config)
+    _check_servers(config)
+    divergence = config.method.divergence
+    if not 0 < divergence.beta < 1:
+        raise UserError(f"method.divergence.beta={divergence.beta}: must lie between 0 and 1, both excluded")
+    if divergence.kind == "jsd" and divergence.top_k is not None:
+        raise UserError("method.divergence.kind=jsd needs method.divergence.top_k=null")
+    if config.export.checkpoint not in ("last", "best") and not config.export.checkpoint.isdigit():
+        raise UserError(f"export.checkpoint={config.export.checkpoint}: must be last, best or a step number")

@@ -92,7 +92,7 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
     generating = (config.rollout, config.refine, config.evaluate)
     longest = max(section.max_prompt_tokens + section.max_response_tokens for section in generating)
     cache = 2 * teacher.num_layers * teacher.num_query_groups * teacher.head_dim * BYTES[engine.dtype] * longest * engine.batch_size
-    engine_bytes = max(student.parameter_count(), teacher.parameter_count()) * BYTES[engine.dtype] + cache
+    served = max(student.parameter_count(), teacher.parameter_count()) * BYTES[engine.dtype]
     checkpoints = learner.keep_checkpoints * trained * 12
     disk = checkpoints + student.parameter_count() * 4 + (0 if full else trained * 4)
     place = run_dir.path
@@ -121,9 +121,12 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
         f"at least {gib(learner_bytes)}",
         "weights, what is trained, optimizer, one chunk of logits; activations come on top",
     )
-    table.add_row(
-        "memory of the engine", f"at most {gib(engine_bytes)}", f"weights and the cache of {engine.batch_size} sequences of full length"
-    )
+    if engine.kind == "local":
+        note = f"weights and the cache of {engine.batch_size} sequences of full length"
+        table.add_row("memory of the engine", f"at most {gib(served + cache)}", note)
+    else:
+        note = "of all its GPUs, for the larger model's weights; the KV cache takes what SGLang leaves it (mem_fraction_static)"
+        table.add_row("memory of one server", f"at least {gib(served)}", note)
     if learner.device == "cuda":
         table.add_row("GPUs for the learner", f"{learner.ranks}", f"this machine has {torch.cuda.device_count()}")
     else:

@@ -1,4 +1,4 @@
-"""Avg@k and Pass@k of the base model and of the trained student on the same problems, with the same seeds."""
+"""Avg@k and Pass@k of the base model and of the trained student on the same problems, with the same seeds in every round."""
 
 import shutil
 from pathlib import Path
@@ -12,7 +12,7 @@ from trd_megatron.evaluate import avg_at_k, pass_at_k
 from trd_megatron.records import PROBLEM, TRAJECTORY
 from trd_megatron.run_dir import Manifest, RunDir, read_parquet, read_shards, write_json, write_parquet
 from trd_megatron.stages import prepare
-from trd_megatron.stages.generate import counts, generate
+from trd_megatron.stages.generate import counts, generate, weights
 from trd_megatron.stages.rollout import student_tasks
 
 
@@ -23,14 +23,14 @@ def _problems(config: Config, benchmark: str, run_dir: RunDir) -> list[dict[str,
 
 
 def run_base(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
-    return _run(config, run_dir, folder, resolve_model(config.model.path), config.model.path)
+    return _run(config, run_dir, folder, resolve_model(config.model.path), config.model.path, run_dir.round)
 
 
 def run_student(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
-    return _run(config, run_dir, folder, run_dir.hf, "hf")
+    return _run(config, run_dir, folder, run_dir.hf, "hf", run_dir.round + 1)
 
 
-def _run(config: Config, run_dir: RunDir, folder: Path, model: Path, name: str) -> dict[str, Any]:
+def _run(config: Config, run_dir: RunDir, folder: Path, model: Path, name: str, version: int) -> dict[str, Any]:
     settings = config.evaluate
     chat = Chat(model, config.data.prompt_format, config.student.chat_template_kwargs)
     figures: dict[str, Any] = {}
@@ -41,7 +41,7 @@ def _run(config: Config, run_dir: RunDir, folder: Path, model: Path, name: str) 
         tasks, skipped = student_tasks(chat, problems, settings.samples, settings.max_prompt_tokens, "evaluate.max_prompt_tokens")
         if not target.exists():
             parts.mkdir(exist_ok=True)
-            generate(config, "evaluate", parts, tasks, settings, settings.shard_size, TRAJECTORY, model, name, chat)
+            generate(config, "evaluate", parts, tasks, settings, settings.shard_size, TRAJECTORY, weights(model, version), name, chat)
             write_parquet(target, read_shards(parts, TRAJECTORY), TRAJECTORY)
         shutil.rmtree(parts, ignore_errors=True)
         rows = read_parquet(target, TRAJECTORY)

@@ -8,9 +8,14 @@ from trd_megatron.chat import Chat, teacher_prompt_ids
 from trd_megatron.config import Config
 from trd_megatron.errors import UserError
 from trd_megatron.records import REFINED, TRAJECTORY
-from trd_megatron.run_dir import RunDir, read_shards
+from trd_megatron.run_dir import RunDir
 from trd_megatron.stages import prepare
-from trd_megatron.stages.generate import Task, generate
+from trd_megatron.stages.generate import Task, drawn, generate, seed_name, weights
+
+
+def teacher_version(config: Config, run_dir: RunDir) -> int:
+    """Which weights refine: those of a teacher of its own never change, in OPSD they are the round's student."""
+    return 0 if config.teacher.path else run_dir.round
 
 
 def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
@@ -20,7 +25,7 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
     chat = Chat(model, config.data.prompt_format, config.teacher.chat_template_kwargs)
     problems = prepare.read(run_dir)
     tasks, aborted, over = [], 0, 0
-    for row in read_shards(run_dir.rollouts, TRAJECTORY):
+    for row in drawn(run_dir.rollouts, TRAJECTORY, run_dir.round):
         problem = problems[row["problem_id"]]
         if row["finish_reason"] == "abort":
             aborted += 1
@@ -33,5 +38,6 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
         tasks.append(Task(problem, row["sample_index"], chat.decode(ids, special=True), ids, extra))
     if not tasks:
         raise UserError(f"no rollout can be refined: {over} prompts are over refine.max_prompt_tokens={config.refine.max_prompt_tokens}")
-    figures = generate(config, "refine", folder, tasks, config.refine, config.refine.shard_size, REFINED, model, name, chat)
+    seeds, served = seed_name("refine", run_dir.round), weights(model, teacher_version(config, run_dir))
+    figures = generate(config, seeds, folder, tasks, config.refine, config.refine.shard_size, REFINED, served, name, chat)
     return figures | {"skipped_over_budget": over, "skipped_aborted": aborted}

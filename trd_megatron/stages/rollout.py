@@ -11,7 +11,7 @@ from trd_megatron.prompts import student_prompt
 from trd_megatron.records import TRAJECTORY
 from trd_megatron.run_dir import RunDir
 from trd_megatron.stages import prepare
-from trd_megatron.stages.generate import Task, generate
+from trd_megatron.stages.generate import Task, generate, seed_name, weights
 
 
 def student_tasks(chat: Chat, problems: list[dict[str, Any]], samples: int, budget: int, key: str) -> tuple[list[Task], int]:
@@ -35,5 +35,6 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
     stage = config.rollout
     problems = [problem for problem in prepare.read(run_dir).values() if problem["split"] == "train"]
     tasks, skipped = student_tasks(chat, problems, stage.samples_per_problem, stage.max_prompt_tokens, "rollout.max_prompt_tokens")
-    figures = generate(config, "rollout", folder, tasks, stage, stage.shard_size, TRAJECTORY, model, config.model.path, chat)
+    name, served = seed_name("rollout", run_dir.round), weights(model, run_dir.round)
+    figures = generate(config, name, folder, tasks, stage, stage.shard_size, TRAJECTORY, served, config.model.path, chat)
     return figures | {"skipped_over_budget": skipped}

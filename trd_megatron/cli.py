@@ -42,8 +42,16 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command()
 def run(
     overrides: Overrides = None,
-    until: Annotated[str | None, typer.Option(help="Stop after this stage.", metavar="STAGE")] = None,
-    only: Annotated[str | None, typer.Option(help="Run this stage alone; what it reads must be done.", metavar="STAGE")] = None,
+    until: Annotated[
+        str | None, typer.Option(help="Stop after this stage, with several rounds that of the first; 1/STAGE: of round 1.", metavar="STAGE")
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="Run this stage alone; what it reads must be done. With several rounds in all that have it; 1/STAGE: in round 1.",
+            metavar="STAGE",
+        ),
+    ] = None,
     allow_untested: Annotated[
         bool, typer.Option("--allow-untested", help="Train with a megatron-core that the learner was not tested with.")
     ] = False,
@@ -76,11 +84,11 @@ def run(
     run_dir = RunDir(config.run_dir, config.name)
     console.print(f"[bold]{config.name}[/bold]: method {config.method.name}, {config.mode}, in {run_dir.path}")
     started = time.monotonic()
-    rows: list[tuple[str, Manifest, bool]] = []
+    rows: list[tuple[pipeline.Work, Manifest, bool]] = []
 
-    def on_stage(stage: pipeline.Stage, manifest: Manifest, skipped: bool) -> None:
-        console.print(f"  {stage.name}: {'done before, skipped' if skipped else f'done in {manifest.seconds:.1f} s'}", highlight=False)
-        rows.append((stage.name, manifest, skipped))
+    def on_stage(work: pipeline.Work, manifest: Manifest, skipped: bool) -> None:
+        console.print(f"  {work.name}: {'done before, skipped' if skipped else f'done in {manifest.seconds:.1f} s'}", highlight=False)
+        rows.append((work, manifest, skipped))
 
     def say(line: str) -> None:
         console.print(f"  {printable(line)}", highlight=False, markup=False)
@@ -93,11 +101,11 @@ def run(
     console.print(f"{time.monotonic() - started:.1f} s in all", highlight=False)
 
 
-def _summary(rows: list[tuple[str, Any, bool]]) -> Table:
+def _summary(rows: list[tuple[Any, Any, bool]]) -> Table:
     """What came out of each stage, one line each."""
     table = Table("stage", "result", "seconds", title="Summary")
-    for name, manifest, skipped in rows:
-        table.add_row(name, _result(name, manifest.counts), "skipped" if skipped else f"{manifest.seconds:.1f}")
+    for work, manifest, skipped in rows:
+        table.add_row(work.name, _result(work.stage.name, manifest.counts), "skipped" if skipped else f"{manifest.seconds:.1f}")
     return table
 
 

@@ -150,6 +150,7 @@ class LocalEngine:
         ids: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
         reasons: list[FinishReason] = ["length"] * len(requests)
+        ends = frozenset() if sampling.ignore_eos else self.eos_token_ids
         logits, cache, mask = self._prefill([request.prompt_ids for request in requests], sampling.max_new_tokens)
         uniforms = self._uniforms(requests, sampling)
         positions = torch.tensor([[len(request.prompt_ids)] for request in requests], device=self.device)
@@ -166,7 +167,7 @@ class LocalEngine:
             for row, token, score in zip(active, drawn.tolist(), scores.tolist(), strict=True):
                 ids[row].append(token)
                 logprobs[row].append(score)
-                if token in self.eos_token_ids:
+                if token in ends:
                     reasons[row] = "stop"
             on_tokens(len(active))
             if step + 1 == sampling.max_new_tokens:

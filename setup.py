@@ -24,6 +24,7 @@ setup(
         "trd_megatron.report": ["*.css", "*.j2"],
     },
     install_requires=[
+        "aiohttp>=3.12",
         "hydra-core>=1.3.2",
         "jinja2>=3.1",
         "math-verify>=0.9",

@@ -15,7 +15,7 @@ from trd_megatron import __version__
 from trd_megatron.bench.commands import app as bench
 from trd_megatron.convert.commands import app as convert
 from trd_megatron.errors import UserError
-from trd_megatron.progress import console, fail, output
+from trd_megatron.progress import console, fail, output, printable
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -80,7 +80,10 @@ def run(
         console.print(f"  {stage.name}: {'done before, skipped' if skipped else f'done in {manifest.seconds:.1f} s'}", highlight=False)
         rows.append((stage.name, manifest, skipped))
 
-    pipeline.run(config, run_dir, until=until, only=only, on_stage=on_stage)
+    def say(line: str) -> None:
+        console.print(f"  {printable(line)}", highlight=False, markup=False)
+
+    pipeline.run(config, run_dir, until=until, only=only, on_stage=on_stage, say=say)
     output.print(_summary(rows))
     report = run_dir.path / "report.html"
     if report.exists() and (until is None or until == "report") and only in (None, "report"):
@@ -102,7 +105,8 @@ def _result(stage: str, counts: dict[str, Any]) -> str:
         return f"{counts['train_problems']} problems to train on, {counts['test_problems']} held out"
     if stage in ("rollout", "refine"):
         skipped = f", {counts['skipped_over_budget']} over the prompt budget" if counts["skipped_over_budget"] else ""
-        cut = counts["finish_reasons"].get("length", 0)
+        cut, aborted = (counts["finish_reasons"].get(reason, 0) for reason in ("length", "abort"))
+        skipped = f", {aborted} aborted{skipped}" if aborted else skipped
         rate = 100 * counts["passed"] / max(counts["samples"], 1)
         return f"{counts['samples']} samples, {rate:.1f} % pass, {counts['mean_response_tokens']:.0f} tokens each, {cut} cut off{skipped}"
     if stage == "train":
@@ -258,9 +262,10 @@ def main() -> None:
             if not error.format_message():  # nothing was asked, the help is printed
                 sys.exit(2)
             fail(error.format_message(), 2)
+        from trd_megatron.engine.base import EngineFailedError
         from trd_megatron.learner.job import LearnerFailedError
 
-        if isinstance(error, LearnerFailedError | OSError):
+        if isinstance(error, EngineFailedError | LearnerFailedError | OSError):
             fail(f"{type(error).__name__}: {error}", 1)
         raise
 

@@ -260,7 +260,9 @@ class Config:
     run_dir: str = opt("runs/${name}", "Folder of the run.", layout=True)
     seed: int = opt(0, "Seed of everything that is drawn.")
     rounds: int = opt(1, "Times that rollout, refine and train are repeated, each time with the newest student.")
-    task: str = opt("math", "What kind of problems.", choices=("math",))
+    task: str = opt(
+        "math", "What kind of problems. Responses to code are generated and trained on, not graded yet.", choices=("math", "code")
+    )
     mode: str = opt("opsd", "opsd: self-distillation under the reference solution. opd: another model teaches.", choices=("opd", "opsd"))
     model: ModelConfig = opt(ModelConfig, "Student.")
     student: StudentConfig = opt(StudentConfig, "Student's prompt.")

@@ -74,6 +74,10 @@ def _check_precision(learner: LearnerConfig) -> None:
 
 
 def _check_data(config: Config) -> None:
+    if config.task == "code" and config.data.source != "file":
+        raise UserError(f"task=code needs data.source=file, with the columns problem and tests; {config.data.source} has no code problems")
+    if config.task == "code" and config.evaluate.benchmarks:
+        raise UserError("task=code: programs are not graded yet, so that nothing can be evaluated: set evaluate.benchmarks=[]")
     if config.data.source == "file" and config.data.path is None:
         raise UserError("data.source=file needs data.path, a .parquet or .jsonl file")
     if config.data.source == "arithmetic" and config.data.path is not None:

@@ -11,16 +11,18 @@ from trd_megatron import preflight
 from trd_megatron.builtin_models import model_fingerprint, resolve_model
 from trd_megatron.config import Config, get, leaves, to_dict
 from trd_megatron.data.parquet import locate
+from trd_megatron.engine.engines import Engines
 from trd_megatron.errors import UserError
 from trd_megatron.run_dir import Manifest, RunDir, StageFolder, file_sha256
 from trd_megatron.stages import evaluate, export, prepare, refine, report, rollout, train
 
-Run = Callable[[Config, RunDir, Path], dict[str, Any]]
+Run = Callable[..., dict[str, Any]]  # (Config, RunDir, Path), and Engines where the stage generates
 
 
 @dataclass(frozen=True)
 class Stage:
-    """settings: the keys (or their sections) it reads; models: the folders it reads; needs: the stages whose output it reads."""
+    """settings: the keys (or their sections) it reads; models: the folders it reads; needs: the stages whose output it reads.
+    generates: it asks engines for responses; every other stage may have the GPUs to itself."""
 
     name: str
     folder: str  # in the run directory
@@ -31,6 +33,7 @@ class Stage:
     reads_student: bool = False
     reads_teacher: bool = False
     reads_benchmarks: bool = False
+    generates: bool = False
     kept: bool = True  # in stale/, when it was made with other settings
 
     @property
@@ -44,16 +47,18 @@ _PROMPT = ("data.prompt_format", "student", "seed", "engine", "verify")
 STAGES = (
     Stage("prepare", "problems", prepare.run, ("data.source", "data.train_problems", "data.test_problems", "task", "seed"),
           reads_data=True),
-    Stage("rollout", "rollouts", rollout.run, ("rollout", *_PROMPT), ("prepare",), reads_student=True),
-    Stage("refine", "refined", refine.run, ("refine", "mode", "teacher", *_PROMPT), ("rollout",), reads_teacher=True),
+    Stage("rollout", "rollouts", rollout.run, ("rollout", *_PROMPT), ("prepare",), reads_student=True, generates=True),
+    Stage("refine", "refined", refine.run, ("refine", "mode", "teacher", *_PROMPT), ("rollout",), reads_teacher=True, generates=True),
     Stage(
         "train", "train", train.run, ("learner", "method", "mode", "teacher", "data.prompt_format", "seed", *_TEACHER_PROMPT),
         ("rollout", "refine"), reads_student=True, reads_teacher=True,
     ),
     Stage("export/adapter", "adapter", export.run_adapter, ("export", "learner.lora"), ("train",)),
     Stage("export/hf", "hf", export.run_hf, ("export", "learner.lora"), ("train",), reads_student=True),
-    Stage("evaluate/base", "eval/base", evaluate.run_base, ("evaluate", *_PROMPT), ("prepare",), reads_student=True, reads_benchmarks=True),
-    Stage("evaluate/student", "eval/student", evaluate.run_student, ("evaluate", *_PROMPT), ("export/hf",), reads_benchmarks=True),
+    Stage("evaluate/base", "eval/base", evaluate.run_base, ("evaluate", *_PROMPT), ("prepare",), reads_student=True, reads_benchmarks=True,
+          generates=True),
+    Stage("evaluate/student", "eval/student", evaluate.run_student, ("evaluate", *_PROMPT), ("export/hf",), reads_benchmarks=True,
+          generates=True),
     Stage("report", "report", report.run, ("name",), ("rollout", "refine", "train", "evaluate/base", "evaluate/student"), kept=False),
 )  # fmt: skip
 GROUPS = tuple(dict.fromkeys(stage.group for stage in STAGES))
@@ -116,6 +121,14 @@ def folders(config: Config, run_dir: RunDir) -> Iterator[tuple[Stage, StageFolde
         yield stage, folder
 
 
+def _work(stage: Stage, config: Config, run_dir: RunDir, folder: Path, engines: Engines) -> dict[str, Any]:
+    if stage.generates:
+        return stage.run(config, run_dir, folder, engines)
+    if stage.name == "train":
+        engines.release()
+    return stage.run(config, run_dir, folder)
+
+
 def run(
     config: Config,
     run_dir: RunDir,
@@ -124,11 +137,12 @@ def run(
     only: str | None = None,
     again: bool = False,
     on_stage: Callable[[Stage, Manifest, bool], None] = lambda stage, manifest, skipped: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Runs what is not done yet, in order. until: stop after this stage. only: this stage alone, its inputs must be done.
     again: also where it is done already.
 
-    on_stage hears of each stage as it ends: (stage, manifest, whether it was skipped).
+    on_stage hears of each stage as it ends: (stage, manifest, whether it was skipped); say, of what happens to servers.
     """
     for name in (until, only):
         if name is not None and name not in GROUPS:
@@ -142,7 +156,7 @@ def run(
     trains = only in (None, "train") and (until is None or names.index(until) >= names.index("train"))
     if trains and any(stage.name == "train" and (again or folder.state() != "done") for stage, folder in todo):
         preflight.check_training(config)
-    with run_dir.lock():
+    with run_dir.lock(), Engines(config, run_dir.path / "servers", say) as engines:
         run_dir.write_config(to_dict(config))
         done: set[str] = set()
         for stage, folder in todo:
@@ -161,7 +175,7 @@ def run(
             if not skipped:
                 started = time.monotonic()
                 try:
-                    counts = stage.run(config, run_dir, folder.folder)
+                    counts = _work(stage, config, run_dir, folder.folder, engines)
                 except BaseException:
                     folder.pause(manifest, time.monotonic() - started)
                     raise

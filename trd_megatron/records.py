@@ -28,6 +28,7 @@ TRAJECTORY = pa.schema(
         pa.field("response_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("response_logprobs", pa.list_(pa.float32()), nullable=False),
         pa.field("finish_reason", pa.string(), nullable=False),  # stop | length | abort
+        pa.field("abort_reason", pa.string()),  # one line, where finish_reason is abort
         pa.field("passed", pa.bool_()),  # null: not graded
         pa.field("verdict", pa.string()),  # pass | fail | no_answer | timeout | error
         pa.field("extracted_answer", pa.string()),

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -116,6 +116,7 @@ class RunDir:
 
     def __init__(self, path: str | Path, experiment: str) -> None:
         self.path = Path(path)
+        self.round = 0
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run_dir={self.path} is a file: choose another run_dir=PATH")
         if self.path.is_dir() and any(path.name != LOCK and not _is_temporary(path) for path in self.path.iterdir()):
@@ -253,15 +254,27 @@ def write_parquet(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> 
         pq.write_table(table, file, compression="zstd")
 
 
-def read_parquet(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
-    """Reads a shard. Raises UserError if it is damaged or has other columns than `schema`."""
+def read_columns(path: Path, schema: pa.Schema, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a shard. Raises UserError if it is damaged or has other columns than `schema`."""
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:
+            if file.schema_arrow.names != schema.names:
+                raise UserError(f"{path} has columns {file.schema_arrow.names}, expected {schema.names}")
+            return file.read(columns=list(columns)).select(list(columns))
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]})") from None
-    if table.schema.names != schema.names:
-        raise UserError(f"{path} has columns {table.schema.names}, expected {schema.names}")
-    return table.to_pylist()
+
+
+def read_parquet(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
+    """Reads a shard. Raises UserError if it is damaged or has other columns than `schema`."""
+    return read_columns(path, schema, schema.names).to_pylist()
+
+
+def merge_shards(folder: Path, target: Path, schema: pa.Schema) -> None:
+    """All rows of a stage folder in one file, in shard order, written atomically."""
+    with atomic_write(target, "wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for path in sorted(folder.glob("part-*.parquet")):
+            writer.write_table(read_columns(path, schema, schema.names).cast(schema))
 
 
 def read_shards(folder: Path, schema: pa.Schema) -> list[dict[str, Any]]:

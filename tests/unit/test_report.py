@@ -183,6 +183,9 @@ def test_figures(tmp_path: Path) -> None:
         "mean_tokens": 40,
         "median_tokens": 40,
         "max_tokens": 70,
+        "truncated_rate": pytest.approx(100 * 2 / 7),
+        "aborted_rate": 0.0,
+        "unparsable_rate": 0.0,
         "finish_reasons": {"length": 2, "stop": 5},
         "verdicts": {"error": 1, "fail": 3, "pass": 3},
     }

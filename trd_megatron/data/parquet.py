@@ -1,4 +1,4 @@
-"""The user's own problems: a .parquet or .jsonl file with the columns problem and answer."""
+"""The user's own problems: a .parquet or .jsonl file with the columns problem and answer (code: tests instead of answer)."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def load(path: Path) -> list[dict[str, Any]]:
     """Problems of a file. Raises UserError that names the missing column or the row that is wrong."""
     rows = read_rows(path)
     columns = {name for row in rows for name in row}
-    for name in REQUIRED:
+    for name in REQUIRED[:1] if "tests" in columns else REQUIRED:
         if rows and name not in columns:
             raise UserError(f"{path} has no column '{name}'; it has: {', '.join(sorted(columns))}")
     problems: list[dict[str, Any]] = []
@@ -57,12 +57,12 @@ def load(path: Path) -> list[dict[str, Any]]:
         if not isinstance(row.get("problem"), str) or not row["problem"].strip():
             raise UserError(f"{path}: row {number} has no problem text")
         answer = row.get("answer")
-        if answer is None or not str(answer).strip():
+        if row.get("tests") is None and (answer is None or not str(answer).strip()):
             raise UserError(f"{path}: row {number} has no answer ({row['problem'][:40]!r})")
         problem: dict[str, Any] = {name: None if row.get(name) is None else str(row[name]) for name in OPTIONAL}
         if problem["answer_type"] not in (None, *ANSWER_TYPES) or problem["check_values"] is not None:
             raise UserError(f"{path}: row {number}: answer_type is one of {', '.join(ANSWER_TYPES)}, and check_values is not supported yet")
-        problem |= {"problem": row["problem"], "answer": str(answer)}
+        problem |= {"problem": row["problem"], "answer": None if answer is None else str(answer)}
         problem["problem_id"] = problem["problem_id"] or f"{path.stem}-{number}"
         problem["source"] = problem["source"] or path.name
         if problem["problem_id"] in seen:

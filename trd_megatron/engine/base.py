@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -68,6 +68,7 @@ class Engine(Protocol):
     """Draws responses for shards of requests. A shard is the unit in which results are stored."""
 
     name: str
+    facts: dict[str, Any]  # what a manifest should say of it, besides the configuration
 
     def generate(
         self,

@@ -64,7 +64,7 @@ class LocalEngine:
     """Engine (see engine/base.py) that runs a Hugging Face causal language model in this process.
 
     The rows of a batch come from one shard, so a shard's ids depend on its requests, the sampling parameters and
-    batch_size, and on nothing that ran before. `eos_token_ids` may be emptied to decode to max_new_tokens.
+    batch_size, and on nothing that ran before. weight_version is noted on every generation.
 
     Raises UserError if the folder does not hold a complete model that this engine can run or the device is missing.
     """
@@ -78,12 +78,15 @@ class LocalEngine:
         device: Literal["cpu", "cuda"] = "cpu",
         dtype: Literal["float32", "bfloat16"] = "float32",
         batch_size: int = 32,
+        weight_version: int = 0,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("engine.device=cuda, but torch sees no GPU here; set engine.device=cpu")
+        self.facts: dict[str, Any] = {}
         self.batch_size = batch_size
+        self.weight_version = weight_version
         self.device = torch.device(device)
         self._model: Any = load_model(model_path, getattr(torch, dtype)).to(self.device).eval()
         config = self._model.config.get_text_config()
@@ -187,7 +190,7 @@ class LocalEngine:
                 past_key_values=cache,
             )
             logits = output.logits[:, -1].float()
-        return [Generation(*parts) for parts in zip(ids, logprobs, reasons, strict=True)]
+        return [Generation(*parts, self.weight_version) for parts in zip(ids, logprobs, reasons, strict=True)]
 
     def _prefill(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[Tensor, InPlaceCache, Tensor]:
         """Runs every distinct prompt once. Returns logits [B, V] float32 of the first response token, the cache with a row

@@ -42,6 +42,9 @@ def describe(rows: Sequence[Row]) -> dict[str, Any]:
         "mean_tokens": mean(tokens) if tokens else None,
         "median_tokens": median(tokens) if tokens else None,
         "max_tokens": max(tokens, default=None),
+        "truncated_rate": percent(sum(row["finish_reason"] == "length" for row in rows), len(rows)),
+        "aborted_rate": percent(sum(row["finish_reason"] == "abort" for row in rows), len(rows)),
+        "unparsable_rate": percent(sum(row["verdict"] == "no_answer" for row in rows), len(rows)),
         "finish_reasons": _counted(row["finish_reason"] for row in rows),
         "verdicts": _counted(row["verdict"] or NOT_GRADED for row in rows),
     }

@@ -4,15 +4,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from trd_megatron.builtin_models import resolve_model
+import pyarrow as pa
+
 from trd_megatron.chat import Chat
 from trd_megatron.config import Config, benchmark_name
 from trd_megatron.data import parquet
+from trd_megatron.engine.base import Weights
+from trd_megatron.engine.engines import Engines, student_weights, trained_weights
 from trd_megatron.evaluate import avg_at_k, pass_at_k
 from trd_megatron.records import PROBLEM, TRAJECTORY
-from trd_megatron.run_dir import Manifest, RunDir, read_parquet, read_shards, write_json, write_parquet
+from trd_megatron.run_dir import Manifest, RunDir, merge_shards, write_json
 from trd_megatron.stages import prepare
-from trd_megatron.stages.generate import counts, generate
+from trd_megatron.stages.generate import counts, generate, graded_columns
 from trd_megatron.stages.rollout import student_tasks
 
 
@@ -22,17 +25,18 @@ def _problems(config: Config, benchmark: str, run_dir: RunDir) -> list[dict[str,
     return [dict.fromkeys(PROBLEM.names) | problem | {"task": config.task} for problem in parquet.load(parquet.locate(benchmark))]
 
 
-def run_base(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
-    return _run(config, run_dir, folder, resolve_model(config.model.path), config.model.path)
+def run_base(config: Config, run_dir: RunDir, folder: Path, engines: Engines) -> dict[str, Any]:
+    return _run(config, run_dir, folder, engines, student_weights(config, run_dir), config.model.path)
 
 
-def run_student(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
-    return _run(config, run_dir, folder, run_dir.hf, "hf")
+def run_student(config: Config, run_dir: RunDir, folder: Path, engines: Engines) -> dict[str, Any]:
+    return _run(config, run_dir, folder, engines, trained_weights(run_dir), "hf")
 
 
-def _run(config: Config, run_dir: RunDir, folder: Path, model: Path, name: str) -> dict[str, Any]:
+def _run(config: Config, run_dir: RunDir, folder: Path, engines: Engines, weights: Weights, name: str) -> dict[str, Any]:
     settings = config.evaluate
-    chat = Chat(model, config.data.prompt_format, config.student.chat_template_kwargs)
+    chat = Chat(weights.path, config.data.prompt_format, config.student.chat_template_kwargs)
+    open_engine = engines.opener("student", weights)
     figures: dict[str, Any] = {}
     for benchmark in settings.benchmarks:
         target = folder / f"{benchmark_name(benchmark)}.parquet"
@@ -41,19 +45,20 @@ def _run(config: Config, run_dir: RunDir, folder: Path, model: Path, name: str) 
         tasks, skipped = student_tasks(chat, problems, settings.samples, settings.max_prompt_tokens, "evaluate.max_prompt_tokens")
         if not target.exists():
             parts.mkdir(exist_ok=True)
-            generate(config, "evaluate", parts, tasks, settings, settings.shard_size, TRAJECTORY, model, name, chat)
-            write_parquet(target, read_shards(parts, TRAJECTORY), TRAJECTORY)
+            generate(config, "evaluate", parts, tasks, settings, settings.shard_size, TRAJECTORY, open_engine, name, chat)
+            merge_shards(parts, target, TRAJECTORY)
         shutil.rmtree(parts, ignore_errors=True)
-        rows = read_parquet(target, TRAJECTORY)
-        figures[target.stem] = scores(rows) | counts(rows) | {"skipped_over_budget": skipped}
+        table = graded_columns(target, TRAJECTORY)
+        figures[target.stem] = scores(table) | counts(table) | {"skipped_over_budget": skipped}
     return figures
 
 
-def scores(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Avg@k and Pass@k with k = samples per problem, in percent. A grader's error counts as not passed and is shown in verdicts."""
+def scores(table: pa.Table) -> dict[str, Any]:
+    """Avg@k and Pass@k with k = samples per problem, in percent. What was not graded (a grader's error, an aborted sample) counts
+    as not passed and is shown in verdicts."""
     outcomes: dict[str, list[bool]] = {}
-    for row in rows:
-        outcomes.setdefault(row["problem_id"], []).append(row["passed"] is True)
+    for problem_id, passed in zip(table["problem_id"].to_pylist(), table["passed"].to_pylist(), strict=True):
+        outcomes.setdefault(problem_id, []).append(passed is True)
     k = len(next(iter(outcomes.values())))
     passing = [pass_at_k(len(results), sum(results), k) for results in outcomes.values()]
     return {

@@ -1,33 +1,48 @@
 """What rollout, refine and evaluate share: prompts in, graded trajectories out, shard by shard, resumable."""
 
+from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from trd_megatron.chat import Chat
 from trd_megatron.config import Config, SamplingConfig
-from trd_megatron.engine import make_engine
-from trd_megatron.engine.base import Generation, Request, SamplingParams
+from trd_megatron.engine.base import Engine, Generation, Request, SamplingParams
 from trd_megatron.errors import UserError
 from trd_megatron.progress import bar
-from trd_megatron.run_dir import digest, read_parquet, shard_path, write_parquet
+from trd_megatron.run_dir import digest, read_columns, shard_path, write_parquet
 from trd_megatron.verify import MathVerifier, Verdict
+
+JOURNAL = ".finished"  # in a stage's folder: samples that an engine has finished, of shards that it has not
+GRADED_COLUMNS = ("problem_id", "sample_index", "finish_reason", "passed", "verdict", "response_ids")
+
+OpenEngine = Callable[[Path], Engine]  # from the path of the journal
 
 
 @dataclass(frozen=True)
 class Task:
-    """One sample to draw. extra: further columns of the row."""
+    """One sample to draw. prompt: its text (None: the text of prompt_ids). extra: further columns of the row."""
 
     problem: dict[str, Any]
     sample_index: int
-    prompt: str
-    prompt_ids: list[int]
+    prompt: str | None
+    prompt_ids: Sequence[int]
     extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.problem["problem_id"], self.sample_index
+
+
+def packed(ids: list[int]) -> "array[int]":
+    """The same ids in 4 bytes each: a list of Python integers takes 36."""
+    return array("i", ids)
 
 
 def sample_seed(seed: int, stage: str, problem_id: str, sample_index: int) -> int:
@@ -43,81 +58,110 @@ def generate(
     sampling: SamplingConfig,
     shard_size: int,
     schema: pa.Schema,
-    model: Path,
+    open_engine: OpenEngine,
     model_name: str,
     chat: Chat,
 ) -> dict[str, Any]:
     """Fills `folder` with part-*.parquet; shards that are there already are kept. Returns the counts of all of them.
 
-    Raises UserError if an existing shard is damaged or belongs to other tasks.
+    The engine is opened only if something is left to draw. Raises UserError if an existing shard is damaged or belongs to other
+    tasks, and what the engine raises; what it had finished by then is kept.
     """
     shards = [tasks[start : start + shard_size] for start in range(0, len(tasks), shard_size)]
     pending = [index for index in range(len(shards)) if not shard_path(folder, index).exists()]
+    facts: dict[str, Any] = {}
     if pending:
-        seeds = [[sample_seed(config.seed, stage, t.problem["problem_id"], t.sample_index) for t in shards[i]] for i in pending]
-        requests = [
-            [Request(task.prompt_ids, seed) for task, seed in zip(shards[index], row, strict=True)]
-            for index, row in zip(pending, seeds, strict=True)
-        ]
         params = SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_response_tokens)
-        done = sum(len(shard) for shard in shards) - sum(map(len, requests))
+        requests = [[Request(task.prompt_ids, sample_seed(config.seed, stage, *task.key)) for task in shards[index]] for index in pending]
         with (
-            closing(make_engine(config, model)) as engine,
+            closing(open_engine(folder / JOURNAL)) as engine,
             MathVerifier(config.verify.workers, config.verify.timeout_s) as verifier,
-            bar(stage, len(tasks), "samples", start=done) as progress,
+            bar(stage, len(tasks), "samples", start=len(tasks) - sum(map(len, requests))) as progress,
         ):
+            facts = engine.facts
             for position, generations in engine.generate(requests, params, progress.tokens):
-                index = pending[position]
-                texts = [chat.decode(list(g.token_ids)) for g in generations]
-                answers = [(text, task.problem["answer"]) for text, task in zip(texts, shards[index], strict=True)]
-                verdicts = verifier.verify_many(answers)
+                shard = shards[pending[position]]
+                texts = [chat.decode(list(generation.token_ids)) for generation in generations]
+                verdicts = _grade(verifier, shard, generations, texts)
                 rows = [
-                    _row(task, generation, text, verdict, seed, model_name, engine.name)
-                    for task, generation, text, verdict, seed in zip(
-                        shards[index], generations, texts, verdicts, seeds[position], strict=True
+                    _row(chat, task, request.seed, generation, text, verdict) | {"model": model_name, "engine": engine.name}
+                    for task, request, generation, text, verdict in zip(
+                        shard, requests[position], generations, texts, verdicts, strict=True
                     )
                 ]
-                write_parquet(shard_path(folder, index), rows, schema)
+                write_parquet(shard_path(folder, pending[position]), rows, schema)
                 progress.advance(len(rows))
-    rows = []
-    for index, shard in enumerate(shards):
-        read = read_parquet(shard_path(folder, index), schema)
-        if [(row["problem_id"], row["sample_index"]) for row in read] != [(t.problem["problem_id"], t.sample_index) for t in shard]:
-            raise UserError(f"{shard_path(folder, index)} holds other samples than this run's: delete it and run again")
-        rows += read
-    return counts(rows)
+    (folder / JOURNAL).unlink(missing_ok=True)  # every shard holds its samples now
+    table = pa.concat_tables([_checked(folder, index, shard, schema) for index, shard in enumerate(shards)])
+    return counts(table) | ({"engine": facts} if facts else {})
 
 
-def _row(task: Task, generation: Generation, text: str, verdict: Verdict, seed: int, model: str, engine: str) -> dict[str, Any]:
+def _grade(verifier: MathVerifier, shard: list[Task], generations: list[Generation], texts: list[str]) -> list[Verdict | None]:
+    """A verdict for each sample of a mathematical problem; aborted ones and other tasks are not graded."""
+    graded = [
+        index
+        for index, (task, generation) in enumerate(zip(shard, generations, strict=True))
+        if task.problem["task"] == "math" and generation.finish_reason != "abort"
+    ]
+    found = verifier.verify_many([(texts[index], shard[index].problem["answer"]) for index in graded])
+    by_index = dict(zip(graded, found, strict=True))
+    return [by_index.get(index) for index in range(len(shard))]
+
+
+def _row(chat: Chat, task: Task, seed: int, generation: Generation, text: str, verdict: Verdict | None) -> dict[str, Any]:
     return {
         "problem_id": task.problem["problem_id"],
         "sample_index": task.sample_index,
-        "prompt": task.prompt,
-        "prompt_ids": task.prompt_ids,
+        "prompt": chat.decode(list(task.prompt_ids), special=True) if task.prompt is None else task.prompt,
+        "prompt_ids": list(task.prompt_ids),
         "response": text,
-        "response_ids": generation.token_ids,
-        "response_logprobs": generation.logprobs,
+        "response_ids": list(generation.token_ids),
+        "response_logprobs": list(generation.logprobs),
         "finish_reason": generation.finish_reason,
-        "passed": verdict.passed,
-        "verdict": verdict.verdict,
-        "extracted_answer": verdict.extracted_answer,
-        "model": model,
-        "engine": engine,
-        "weight_version": 0,
+        "abort_reason": generation.abort_reason,
+        "passed": verdict and verdict.passed,
+        "verdict": verdict and verdict.verdict,
+        "extracted_answer": verdict and verdict.extracted_answer,
+        "weight_version": generation.weight_version,
         "seed": seed,
         **task.extra,
     }
 
 
-def counts(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of a set of trajectories for its manifest."""
-    rows = list(rows)
-    tokens = [len(row["response_ids"]) for row in rows]
+def _checked(folder: Path, index: int, shard: list[Task], schema: pa.Schema) -> pa.Table:
+    """The graded columns of a shard, without the ids. Raises UserError unless it holds exactly these tasks."""
+    path = shard_path(folder, index)
+    table = graded_columns(path, schema)
+    keys = list(zip(table["problem_id"].to_pylist(), table["sample_index"].to_pylist(), strict=True))
+    if keys != [task.key for task in shard]:
+        raise UserError(f"{path} holds other samples than this run's: delete it and run again")
+    return table
+
+
+def graded_columns(path: Path, schema: pa.Schema) -> pa.Table:
+    """problem_id, sample_index, finish_reason, passed, verdict and response_tokens of a file of trajectories."""
+    table = read_columns(path, schema, GRADED_COLUMNS)
+    lengths = pc.list_value_length(table["response_ids"])
+    return table.drop_columns(["response_ids"]).append_column("response_tokens", lengths)
+
+
+def counts(table: pa.Table) -> dict[str, Any]:
+    """Figures of a set of trajectories (graded_columns) for its manifest.
+
+    Shares of all samples, between 0 and 1: truncated (the response budget ended it), aborted (no server gave an answer),
+    unparsable (graded, but no answer was found in it).
+    """
+    samples, tokens = table.num_rows, pc.sum(table["response_tokens"]).as_py() or 0
+    finish_reasons = Counter(table["finish_reason"].to_pylist())
+    verdicts = Counter(table["verdict"].to_pylist())
     return {
-        "samples": len(rows),
-        "passed": sum(row["passed"] is True for row in rows),
-        "response_tokens": sum(tokens),
-        "mean_response_tokens": sum(tokens) / max(len(rows), 1),
-        "finish_reasons": dict(Counter(row["finish_reason"] for row in rows)),
-        "verdicts": dict(Counter(row["verdict"] for row in rows)),
+        "samples": samples,
+        "passed": pc.sum(table["passed"]).as_py() or 0,
+        "response_tokens": tokens,
+        "mean_response_tokens": tokens / max(samples, 1),
+        "finish_reasons": dict(finish_reasons),
+        "verdicts": {str(name or "not_graded"): count for name, count in verdicts.items()},
+        "truncated_share": finish_reasons["length"] / max(samples, 1),
+        "aborted_share": finish_reasons["abort"] / max(samples, 1),
+        "unparsable_share": verdicts["no_answer"] / max(samples, 1),
     }

@@ -37,6 +37,13 @@ def load(config: Config) -> list[dict[str, Any]]:
         return list(reasoning_gym.load_arithmetic(data.train_problems, data.test_problems, config.seed))
     path = None if data.path is None else parquet.locate(data.path)
     problems = parquet.load(path) if data.source == "file" and path else deepscaler.load(path)
+    for problem in problems:
+        if config.mode == "opsd" and not (problem.get("reference_solution") or problem["answer"]):
+            raise UserError(
+                f"problem '{problem['problem_id']}' has no reference_solution, which mode=opsd shows the teacher: add one, or set mode=opd"
+            )
+        if config.task == "math" and problem["answer"] is None:
+            raise UserError(f"problem '{problem['problem_id']}' has no answer: give one, or set task=code")
     if not problems:
         raise UserError(f"{data.path or data.source} holds no problems")
     return split(problems, data.train_problems, data.test_problems, config.seed)

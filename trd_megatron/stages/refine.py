@@ -3,21 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-from trd_megatron.builtin_models import resolve_model
 from trd_megatron.chat import Chat, teacher_prompt_ids
 from trd_megatron.config import Config
+from trd_megatron.engine.engines import Engines, teacher_weights
 from trd_megatron.errors import UserError
 from trd_megatron.records import REFINED, TRAJECTORY
 from trd_megatron.run_dir import RunDir, read_shards
 from trd_megatron.stages import prepare
-from trd_megatron.stages.generate import Task, generate
+from trd_megatron.stages.generate import Task, generate, packed
 
 
-def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
-    """Skips and counts rollouts that were aborted, or whose problem alone is over the budget."""
+def run(config: Config, run_dir: RunDir, folder: Path, engines: Engines) -> dict[str, Any]:
+    """In OPSD the student's own servers refine. Skips and counts rollouts that were aborted, or whose problem alone is over the budget."""
     name = config.teacher.path or config.model.path
-    model = resolve_model(name)
-    chat = Chat(model, config.data.prompt_format, config.teacher.chat_template_kwargs)
+    weights = teacher_weights(config, run_dir)
+    chat = Chat(weights.path, config.data.prompt_format, config.teacher.chat_template_kwargs)
     problems = prepare.read(run_dir)
     tasks, aborted, over = [], 0, 0
     for row in read_shards(run_dir.rollouts, TRAJECTORY):
@@ -30,8 +30,9 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
             over += 1
             continue
         extra = {"initial_response": row["response"], "initial_passed": row["passed"]}
-        tasks.append(Task(problem, row["sample_index"], chat.decode(ids, special=True), ids, extra))
+        tasks.append(Task(problem, row["sample_index"], None, packed(ids), extra))
     if not tasks:
         raise UserError(f"no rollout can be refined: {over} prompts are over refine.max_prompt_tokens={config.refine.max_prompt_tokens}")
-    figures = generate(config, "refine", folder, tasks, config.refine, config.refine.shard_size, REFINED, model, name, chat)
+    open_engine = engines.opener("teacher" if config.teacher.path else "student", weights)
+    figures = generate(config, "refine", folder, tasks, config.refine, config.refine.shard_size, REFINED, open_engine, name, chat)
     return figures | {"skipped_over_budget": over, "skipped_aborted": aborted}

@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from trd_megatron.builtin_models import resolve_model
 from trd_megatron.chat import Chat
 from trd_megatron.config import Config
+from trd_megatron.engine.engines import Engines, student_weights
 from trd_megatron.errors import UserError
 from trd_megatron.prompts import student_prompt
 from trd_megatron.records import TRAJECTORY
 from trd_megatron.run_dir import RunDir
 from trd_megatron.stages import prepare
-from trd_megatron.stages.generate import Task, generate
+from trd_megatron.stages.generate import Task, generate, packed
 
 
 def student_tasks(chat: Chat, problems: list[dict[str, Any]], samples: int, budget: int, key: str) -> tuple[list[Task], int]:
@@ -19,7 +19,7 @@ def student_tasks(chat: Chat, problems: list[dict[str, Any]], samples: int, budg
     tasks, skipped = [], 0
     for problem in problems:
         prompt = student_prompt(problem["task"], problem["problem"], problem["starter_code"])
-        ids = chat.prompt_ids(prompt)
+        ids = packed(chat.prompt_ids(prompt))
         if len(ids) > budget:
             skipped += 1
         else:
@@ -29,11 +29,12 @@ def student_tasks(chat: Chat, problems: list[dict[str, Any]], samples: int, budg
     return tasks, skipped
 
 
-def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
-    model = resolve_model(config.model.path)
-    chat = Chat(model, config.data.prompt_format, config.student.chat_template_kwargs)
+def run(config: Config, run_dir: RunDir, folder: Path, engines: Engines) -> dict[str, Any]:
+    weights = student_weights(config, run_dir)
+    chat = Chat(weights.path, config.data.prompt_format, config.student.chat_template_kwargs)
     stage = config.rollout
     problems = [problem for problem in prepare.read(run_dir).values() if problem["split"] == "train"]
     tasks, skipped = student_tasks(chat, problems, stage.samples_per_problem, stage.max_prompt_tokens, "rollout.max_prompt_tokens")
-    figures = generate(config, "rollout", folder, tasks, stage, stage.shard_size, TRAJECTORY, model, config.model.path, chat)
+    open_engine = engines.opener("student", weights)
+    figures = generate(config, "rollout", folder, tasks, stage, stage.shard_size, TRAJECTORY, open_engine, config.model.path, chat)
     return figures | {"skipped_over_budget": skipped}

@@ -1,0 +1,117 @@
+"""The engines of one run: loaded into this process, or SGLang servers that are launched or attached to.
+
+One node is shared in time: the servers of one role give their GPUs back before the other role's start, and all do before training.
+With engine.keep_servers they have GPUs of their own and stay.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+from trd_megatron.builtin_models import model_fingerprint, resolve_model
+from trd_megatron.config import Config
+from trd_megatron.engine.base import Engine, Weights
+from trd_megatron.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from trd_megatron.engine.server import LaunchedServers
+
+API_KEY = "SGLANG_API_KEY"  # environment variable
+Role = Literal["student", "teacher"]
+
+
+def weights_of(path: Path, version: int) -> Weights:
+    """The model in a folder, as `version`."""
+    return Weights(path, version, model_fingerprint(path))
+
+
+def student_weights(config: Config, run_dir: RunDir) -> Weights:
+    """The student that a round starts with."""
+    return weights_of(resolve_model(config.model.path), run_dir.round)
+
+
+def trained_weights(run_dir: RunDir) -> Weights:
+    """The student that a round has trained; the next round starts with it."""
+    return weights_of(run_dir.hf, run_dir.round + 1)
+
+
+def teacher_weights(config: Config, run_dir: RunDir) -> Weights:
+    """OPD: the fixed teacher. OPSD: the weights that the round starts with."""
+    if config.teacher.path is None:
+        return student_weights(config, run_dir)
+    return weights_of(resolve_model(config.teacher.path), 0)
+
+
+class Engines:
+    """Opens engines and, as a context, stops at its end what was launched for them.
+
+    logs: the folder for the servers' logs. say: hears what happens to servers, one line each.
+    """
+
+    def __init__(self, config: Config, logs: Path, say: Callable[[str], None]) -> None:
+        self._config, self._logs, self._say = config, logs, say
+        self._launched: dict[str, LaunchedServers] = {}
+
+    def __enter__(self) -> "Engines":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop(list(self._launched))
+
+    def opener(self, role: Role, weights: Weights) -> Callable[[Path], Engine]:
+        """`open` for these weights, still to be given the path of a journal."""
+        return lambda journal: self.open(role, weights, journal)
+
+    def open(self, role: Role, weights: Weights, journal: Path) -> Engine:
+        """An engine that serves `weights`.
+
+        journal: a file in which SGLang's client keeps finished samples until the caller has them all.
+        Raises UserError or EngineFailedError if the model cannot be loaded or its servers cannot be had.
+        """
+        engine = self._config.engine
+        if engine.kind == "local":
+            from trd_megatron.engine.local import LocalEngine
+
+            return LocalEngine(
+                weights.path,
+                device=engine.device,  # type: ignore[arg-type]
+                dtype=engine.dtype,  # type: ignore[arg-type]
+                batch_size=engine.batch_size,
+                weight_version=weights.version,
+            )
+        from trd_megatron.engine.sglang import ClientOptions, SGLangEngine
+
+        urls = self._launch(role, weights) if engine.launch else getattr(engine, role).urls
+        return SGLangEngine(
+            urls,
+            weights,
+            ClientOptions.from_config(engine),
+            journal=journal,
+            may_update=role == "student",
+            say=self._say,
+            api_key=os.environ.get(API_KEY),
+        )
+
+    def release(self) -> None:
+        """Gives GPUs back that training needs."""
+        if not self._config.engine.keep_servers:
+            self._stop(list(self._launched))
+
+    def _launch(self, role: Role, weights: Weights) -> list[str]:
+        """URLs of the role's servers, started now or before; their client brings them the weights, if they have others."""
+        from trd_megatron.engine.server import LaunchedServers
+
+        if not self._config.engine.keep_servers:
+            self._stop([other for other in self._launched if other != role])
+        if role not in self._launched:
+            servers = LaunchedServers(role, weights, self._config.engine, self._logs, self._say, api_key=os.environ.get(API_KEY))
+            self._launched[role] = servers  # before they start: whatever interrupts us, they are stopped
+            servers.start()
+        self._launched[role].use(weights)
+        return self._launched[role].urls
+
+    def _stop(self, roles: list[str]) -> None:
+        for role in roles:
+            self._launched.pop(role).stop()

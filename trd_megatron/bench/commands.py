@@ -30,9 +30,9 @@ class _SpacedValues(typer.core.TyperCommand):
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich",
     help="Measure this machine: the loss against other ways to compute it, the learner against a Hugging Face + PEFT loop, "
-    "the embedded engine against plain generate, checkpoint conversion against cp.",
+    "SGLang against the embedded engine and plain generate, checkpoint conversion against cp.",
 )  # fmt: skip
-_SIZES = {"tokens": [256, 512, 1024, 2048], "lengths": [64]}
+_SIZES = {"tokens": [256, 512, 1024, 2048], "lengths": [64], "concurrency": [32]}
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.", show_default="PyTorch's own choice")]
 
 
@@ -182,29 +182,71 @@ def bench_learner(
 @app.command("engine", cls=_SpacedValues)
 def bench_engine(
     model: Annotated[str, typer.Option(help="Folder, hub id or builtin:NAME.")] = "builtin:smollm2-135m-instruct",
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once, of both.")] = 32,
-    prompts: Annotated[int, typer.Option(min=1, help="Distinct prompts, of random ids.")] = 32,
+    sides: Annotated[list[str] | None, typer.Option(metavar="SIDE...", help="What to compare.", show_default="all of the above")] = None,
+    concurrency: Annotated[list[int], typer.Option(metavar="N...", min=1, help="Responses drawn at once.")] = _SIZES["concurrency"],
+    prompts: Annotated[int, typer.Option(min=1, help="Most distinct prompts of a round, of random ids.")] = 32,
     lengths: Annotated[list[int], typer.Option(metavar="N...", min=1, help="Prompt lengths in tokens, in turn.")] = _SIZES["lengths"],
     samples: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens drawn for each sample.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds, after a short one that is not timed.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds, after one that is not timed.")] = 3,
     threads: Threads = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    url: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL...", help="SGLang servers that run already, with this model.", show_default="one is launched"),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where bench_engine.json and .png go.")] = Path("runs/bench_engine"),
 ) -> None:
-    """Tokens per second of the embedded engine and of plain model.generate: same model, prompts, sampling and number of tokens.
+    """Tokens per second of SGLang, of the embedded engine and of plain model.generate.
 
-    Float32 on the CPU, in one process, taking turns; the figures are medians over the rounds.
+    [bold]Sides[/bold], all with the same model, prompts, sampling and number of tokens, taking turns:
+
+      sglang: a server, asked by the client that runs use. One is launched on this machine, or give --url
+
+      local: the embedded engine
+
+      plain: transformers' model.generate, in batches
+
+    A round at a concurrency of N draws 4 N responses, fewer where there are not so many prompts. sglang has N requests in flight, the
+    others decode N at once and wait for the last of them. The end of turn ends nothing, so every response has as many tokens: real ones
+    differ in length, which favours sglang more than these figures show. Prompts are new in each round. Figures are medians
+    (least-most) and count response tokens; the loading of models and the start of servers are not in them.
 
     [bold]Examples[/bold]
 
-      trd bench engine
+      trd bench engine --concurrency 1 8 32
 
-      trd bench engine --prompts 8 --samples 4
+      trd bench engine --sides local plain --prompts 8 --samples 4
 
-      trd bench engine --lengths 20 40 60 80 --threads 2
+      trd bench engine --model Qwen/Qwen3-1.7B --device cuda --dtype bfloat16 --concurrency 64 256 --prompts 1024
     """
-    from trd_megatron.bench import engine
+    import torch
 
-    engine.run(model, batch_size, prompts, lengths, samples, max_new_tokens, repeats, threads)
+    from trd_megatron.bench import engine, engine_report, engine_sides
+
+    settings = engine_sides.Settings(
+        model=model,
+        sides=list(dict.fromkeys(sides or engine_sides.SIDES)),
+        concurrency=sorted(set(concurrency)),
+        prompts=prompts,
+        lengths=lengths,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        repeats=repeats,
+        threads=threads or torch.get_num_threads(),
+        device=device,
+        dtype=dtype,
+        urls=list(dict.fromkeys(url or [])),
+    )
+    try:
+        rows = engine.benchmark(settings, out, lambda line: console.print(line, highlight=False, markup=False))
+    except KeyboardInterrupt:
+        fail(f"interrupted; figures of finished concurrencies are kept in {out}", 130)
+    output.print(engine_report.table(rows, settings.title))
+    console.print(f"figures: {out / 'bench_engine.json'}, {out / 'bench_engine.png'}", highlight=False)
+    if not any(row.status == "measured" for row in rows):
+        fail("no side could be measured", 1)
 
 
 @app.command("convert")

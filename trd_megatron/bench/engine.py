@@ -42,9 +42,7 @@ def check(settings: Settings) -> None:
 def random_prompts(settings: Settings, vocab_size: int, seed: int) -> Prompts:
     """Prompts of random ids, each `samples` times in a row; their lengths go round `lengths`."""
     source, lengths = random.Random(seed), settings.lengths
-    prompts = [
-        [source.randrange(vocab_size // 2, vocab_size) for _ in range(lengths[i % len(lengths)])] for i in range(settings.prompts)
-    ]
+    prompts = [[source.randrange(vocab_size // 2, vocab_size) for _ in range(lengths[i % len(lengths)])] for i in range(settings.prompts)]
     return [prompt for prompt in prompts for _ in range(settings.samples)]
 
 

@@ -1,5 +1,6 @@
 """The sides of `trd bench engine`: each draws a fixed number of tokens for every prompt, through the interface that runs use."""
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -128,6 +129,7 @@ class Sglang:
         self._folder, self._rounds = folder, 0
         self._launched = LaunchedServers("student", self._weights, config, folder, say) if launch else None
         if self._launched is not None:
+            os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))  # a server on the CPU takes its threads from there
             self._launched.start()
         self._urls: Sequence[str] = settings.urls if self._launched is None else self._launched.urls
         self._engine: SGLangEngine | None = None

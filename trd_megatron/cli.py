@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
-import typer.core
 from rich.table import Table
-from rich.text import Text
 
 from trd_megatron import __version__
+from trd_megatron.bench.commands import app as bench
 from trd_megatron.convert.commands import app as convert
-from trd_megatron.convert.commands import parse_bytes
 from trd_megatron.errors import UserError
-from trd_megatron.progress import console, output, printable
+from trd_megatron.progress import console, fail, output, printable
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -171,249 +169,70 @@ def report(run_path: RunPath) -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Show what this machine has, and what is missing for which feature."""
-    from trd_megatron import doctor as checks
+def doctor(
+    overrides: Overrides = None,
+    engine: Annotated[
+        bool, typer.Option("--engine", help="Compare the log-probabilities of an experiment's engine and learner instead.")
+    ] = False,
+    max_difference: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", min=0, help="--engine: the most they may differ.", show_default="0.001 at most in float32, else 0.05 on average"
+        ),
+    ] = None,
+    go_on: Annotated[bool, typer.Option("--go-on", help="--engine: exit code 0 whatever the difference.")] = False,
+) -> None:
+    """Show what this machine has, and what is missing for which feature. With --engine: check that engine and learner agree.
 
-    output.print(checks.table())
+    [bold]--engine[/bold]: the engine of the student, and of the teacher in OPD, draws responses to 8 of the experiment's problems, 64
+    tokens each, once as its stage samples and once greedy. The learner scores them as it does in training. Both should give every token the
+    same log-probability (at temperature 1, whatever it was drawn with); where they do not, training goes wrong without any other sign.
 
+      mean |diff|, max |diff|: size of the differences. In float32 the maximum is checked, in bfloat16 the mean
 
-class _SpacedValues(typer.core.TyperCommand):
-    """Reads `--tokens 32 64` as `--tokens 32 --tokens 64`. For commands without arguments."""
+      mean diff: which of the two gives more; far from 0, one side's temperature, weights or templates are others
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        repeatable = {name for option in self.params if getattr(option, "multiple", False) for name in option.opts}
-        words: list[str] = []
-        option, values = "", 0
-        for word in args:
-            if word.startswith("--"):
-                option, values = word, 0
-            elif option in repeatable:
-                words += [option] if values else []
-                values += 1
-            words.append(word)
-        return super().parse_args(ctx, words)
+      mean ratio: the learner's probability over the engine's, 1 where they agree
+
+      same top-1: how often the learner's likeliest token is the engine's
+
+    Exit code 1 where the difference is above the bound.
+
+    [bold]Examples[/bold]
+
+      trd doctor
+
+      trd doctor --engine experiment=smoke
+
+      trd doctor --engine experiment=quickstart engine=sglang engine.launch=false engine.student.urls=\\[http://10.0.0.2:30000]
+
+      trd doctor --engine experiment=quickstart learner.dtype=bfloat16 --max-difference 0.02
+    """
+    if not engine:
+        if overrides or go_on or max_difference is not None:
+            raise UserError("doctor takes settings, --max-difference and --go-on only with --engine: trd doctor --engine experiment=NAME")
+        from trd_megatron import doctor as checks
+
+        output.print(checks.table())
+        return
+    from trd_megatron.config import load
+
+    config = load(overrides or [])
+    from trd_megatron import preflight, scoring_check
+
+    preflight.check_devices(config)
+    preflight.check_inputs(config)
+    bound = scoring_check.Bound.of(config, max_difference)
+    figures = scoring_check.check(config, lambda line: console.print(line, highlight=False, markup=False))
+    output.print(scoring_check.table(figures, bound))
+    found = scoring_check.wrong(figures, bound)
+    if found and not go_on:
+        fail(found, 1)
+    console.print(f"going on all the same (--go-on): {found}" if found else "engine and learner agree", highlight=False, markup=False)
 
 
 app.add_typer(convert, name="convert")
-bench = typer.Typer(
-    no_args_is_help=True, rich_markup_mode="rich",
-    help="Measure this machine: the loss against other ways to compute it, the learner against a Hugging Face + PEFT loop, "
-    "the embedded engine against plain generate, checkpoint conversion against cp.",
-)  # fmt: skip
 app.add_typer(bench, name="bench")
-_SIZES = {"tokens": [256, 512, 1024, 2048], "lengths": [64]}
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.", show_default="PyTorch's own choice")]
-
-
-@bench.command("kl", cls=_SpacedValues)
-def bench_kl(
-    sides: Annotated[list[str] | None, typer.Option(metavar="SIDE...", help="What to compare.", show_default="all of the above")] = None,
-    tokens: Annotated[list[int], typer.Option(metavar="T...", min=1, help="Numbers of tokens, one table each.")] = _SIZES["tokens"],
-    hidden: Annotated[int, typer.Option(help="Size of the hidden states, of student and teacher.")] = 1024,
-    vocab: Annotated[int, typer.Option(help="Size of the vocabulary.")] = 151_936,
-    chunk: Annotated[int, typer.Option(help="Tokens per chunk of the products; linear_kl keeps its own default.")] = 256,
-    threads: Threads = None,
-    repeats: Annotated[int, typer.Option(help="Timed calls of each side, after one that is not timed.")] = 3,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    ranks: Annotated[int, typer.Option(help="If above 1, also linear_kl over so many ranks, each with its part of the vocabulary.")] = 1,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where bench_kl.json and bench_kl.png go.")] = Path("runs/bench_kl"),
-) -> None:
-    """Time and memory of the distillation loss: forward KL over the vocabulary and its gradient in the student's hidden states.
-
-    [bold]Sides[/bold], all with the same data, sizes, threads and frozen output layers:
-
-      products: only the three matrix products of each chunk, with torch.mm: the floor
-
-      products_fast: the same products as linear_kl calls them
-
-      linear_kl: this package's loss, with its default arguments
-
-      plain: log_softmax of whole logits, kl_div, autograd
-
-      trl: TRL's GKDTrainer.generalized_jsd_loss on whole logits
-
-      liger, liger_eager: Liger's LigerFusedLinearJSDLoss, compiled as it ships and not compiled
-
-      top64, linear_kl_top64: KL over the teacher's 64 likeliest ids, from whole logits (as NeMo-RL does) and with linear_kl
-
-    TRL and Liger: pip install -e '.\\[bench]'. Without them the tables say so.
-
-    Sides run one at a time in processes of their own and take turns; time is the median of the timed calls. Memory is the highest
-    moment above what was there before the first call. Sides that compute the same loss must agree on it. At the default sizes
-    trl needs 11 GB.
-
-    [bold]Examples[/bold]
-
-      trd bench kl
-
-      trd bench kl --tokens 256 512 --sides linear_kl plain --ranks 2
-
-      trd bench kl --device cuda --dtype bfloat16 --tokens 4096
-    """
-    import torch
-
-    from trd_megatron.bench import kl, kl_report
-
-    settings = kl.Settings(
-        sides=list(dict.fromkeys(sides or kl.SIDES)),
-        tokens=sorted(set(tokens)),
-        hidden=hidden,
-        vocab=vocab,
-        chunk=chunk,
-        threads=threads or torch.get_num_threads(),
-        repeats=repeats,
-        dtype=dtype,
-        device=device,
-        ranks=ranks,
-    )
-    console.print(settings.title, highlight=False)
-    try:
-        kl.benchmark(settings, out, lambda rows: output.print(kl_report.table(rows)))
-    except kl.DisagreementError as error:
-        _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail(f"interrupted; finished tables are kept in {out}", 130)
-    console.print(f"figures: {out / 'bench_kl.json'}, {out / 'bench_kl.png'}", highlight=False)
-
-
-@bench.command("learner")
-def bench_learner(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="Folder, hub id or builtin:NAME; may be given again.", show_default="SmolLM2-135M and a 4-layer Qwen3"),
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Timed steps of each side, after one that is not timed.")] = 3,
-    threads: Threads = None,
-    batch: Annotated[int, typer.Option(help="Samples of one step.")] = 8,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    profile: Annotated[
-        bool | None,
-        typer.Option("--profile/--no-profile", help="Show where the time of one more of our steps goes.", show_default="--profile on cpu"),
-    ] = None,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where bench_learner.json goes.")] = Path("runs/bench_learner"),
-) -> None:
-    """Training tokens per second and peak memory of the learner, beside a Hugging Face + PEFT loop.
-
-    The work is an optimizer step of self-distillation: adapters on all seven projections, the teacher is the student without them,
-    forward KL over the whole vocabulary on the response tokens. Token ids are random; lengths are those of real trajectories.
-
-    [bold]Sides[/bold], with the same samples, adapters at the start, dtype, threads and most tokens in one forward:
-
-      ours: the learner in one process, packed sequences, full recomputation
-
-      transformers + PEFT: padded batches, gradient checkpointing, whole logits (trd_megatron/bench/learner_peer.py)
-
-    Each runs in a process of its own and they take turns. Time is the median of the timed steps; tokens are those of the student's
-    sequences, without padding. Memory is the highest moment of training above what was there before the model was loaded. Loss and
-    gradient norm of the first step must agree. The 4-layer Qwen3 is made at first use and kept (870 MB); with it the two
-    sides need about 5 GB.
-
-    [bold]Examples[/bold]
-
-      trd bench learner --threads 2
-
-      trd bench learner --model builtin:smollm2-135m-instruct --batch 16
-
-      trd bench learner --model Qwen/Qwen3-0.6B --device cuda --dtype bfloat16
-    """
-    import torch
-
-    from trd_megatron.bench import learner, learner_report
-    from trd_megatron.bench.learner_work import MODELS
-
-    settings = learner.Settings(
-        models=list(dict.fromkeys(model or MODELS)),
-        batch=batch,
-        repeats=repeats,
-        threads=threads or torch.get_num_threads(),
-        device=device,
-        dtype=dtype,
-        profile=device == "cpu" if profile is None else profile,
-    )
-    console.print(settings.title, highlight=False)
-
-    def show(result: learner.Result) -> None:
-        output.print(learner_report.table(result.rows, f"{100 * result.peer_padding:.0f} % of their tokens are padding"))
-        if result.profile:
-            output.print(learner_report.profile_table(result.rows[0].model, result.profile))
-
-    try:
-        learner.benchmark(settings, out, show)
-    except learner.DisagreementError as error:
-        _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail(f"interrupted; finished tables are kept in {out}", 130)
-    console.print(f"figures: {out / 'bench_learner.json'}", highlight=False)
-
-
-@bench.command("engine", cls=_SpacedValues)
-def bench_engine(
-    model: Annotated[str, typer.Option(help="Folder, hub id or builtin:NAME.")] = "builtin:smollm2-135m-instruct",
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once, of both.")] = 32,
-    prompts: Annotated[int, typer.Option(min=1, help="Distinct prompts, of random ids.")] = 32,
-    lengths: Annotated[list[int], typer.Option(metavar="N...", min=1, help="Prompt lengths in tokens, in turn.")] = _SIZES["lengths"],
-    samples: Annotated[int, typer.Option(min=1, help="Samples of each prompt.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens drawn for each sample.")] = 64,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds, after a short one that is not timed.")] = 3,
-    threads: Threads = None,
-) -> None:
-    """Tokens per second of the embedded engine and of plain model.generate: same model, prompts, sampling and number of tokens.
-
-    Float32 on the CPU, in one process, taking turns; the figures are medians over the rounds.
-
-    [bold]Examples[/bold]
-
-      trd bench engine
-
-      trd bench engine --prompts 8 --samples 4
-
-      trd bench engine --lengths 20 40 60 80 --threads 2
-    """
-    from trd_megatron.bench import engine
-
-    engine.run(model, batch_size, prompts, lengths, samples, max_new_tokens, repeats, threads)
-
-
-@bench.command("convert")
-def bench_convert(
-    size: Annotated[str, typer.Option(metavar="SIZE", help="Least bytes of the model's weights, e.g. 500MB.")] = "8GB",
-    repeats: Annotated[int, typer.Option(help="Runs of each conversion, and of cp beside it.")] = 3,
-    out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where bench_convert.json goes; its disk is the one that is measured.")
-    ] = Path("runs/bench_convert"),
-) -> None:
-    """Time and peak memory of hf-to-megatron, megatron-to-hf and merge-lora, beside cp of the same files on the same disk.
-
-    The model is a random Llama in bfloat16 with layers of Llama-3.1-8B (narrower ones below 4 GB), made for this and deleted
-    afterwards, also on Ctrl-C. Three times its size must be free in --out.
-
-    Before each run the source is taken out of the page cache. Conversions sync every file and write its sha256; cp is followed by a sync
-    of its files ("cp alone" is the time before that). The two take turns. Time is the median of the runs (least-most), without the start
-    of Python and imports, which has a column of its own. Memory is the highest resident set of the whole process, libraries included;
-    pages of files that it reads and writes belong to the system and are not in it. After megatron-to-hf the model must be bit-equal.
-
-    [bold]Examples[/bold]
-
-      trd bench convert
-
-      trd bench convert --size 500MB --out /data/bench_convert
-    """
-    from trd_megatron.bench import children, convert_report
-    from trd_megatron.bench import convert as converting
-
-    settings = converting.Settings(size=parse_bytes(size, "--size"), repeats=repeats)
-    console.print(settings.title, highlight=False)
-    try:
-        rows = converting.benchmark(settings, out)
-    except (converting.DisagreementError, children.ChildFailedError) as error:
-        _fail(str(error), 1)
-    except KeyboardInterrupt:
-        _fail(f"interrupted; figures of finished conversions are kept in {out}, the models are deleted", 130)
-    output.print(convert_report.table(rows, settings.title))
-    console.print(f"figures: {out / 'bench_convert.json'}", highlight=False)
 
 
 def _print_keys() -> None:
@@ -443,33 +262,25 @@ def main() -> None:
             _interrupted()
         sys.exit(code)
     except UserError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     except KeyboardInterrupt:
         _interrupted()
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error; typer brings click along under a private name
             if not error.format_message():  # nothing was asked, the help is printed
                 sys.exit(2)
-            _fail(error.format_message(), 2)
+            fail(error.format_message(), 2)
         from trd_megatron.engine.base import EngineFailedError
         from trd_megatron.learner.job import LearnerFailedError
 
         if isinstance(error, EngineFailedError | LearnerFailedError | OSError):
-            _fail(f"{type(error).__name__}: {error}", 1)
+            fail(f"{type(error).__name__}: {error}", 1)
         raise
 
 
 def _interrupted() -> None:
     converting = sys.argv[1:2] == ["convert"]
-    _fail(f"interrupted; {'nothing was written' if converting else 'the same command goes on where it stopped'}", 130)
-
-
-def _fail(message: str, code: int) -> None:
-    lines = message.splitlines() if code == 1 else [message]  # what the user did wrong is one line, whatever names are in it
-    shown = "\n".join(map(printable, lines))
-    text = Text("" if code == 130 else "error: ", style="red").append(shown, style="default")  # Text: no markup in messages
-    console.print(text, highlight=False, soft_wrap=True)
-    sys.exit(code)
+    fail(f"interrupted; {'nothing was written' if converting else 'the same command goes on where it stopped'}", 130)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -16,6 +17,15 @@ output = Console(width=None if sys.stdout.isatty() else WIDE)  # what was asked 
 def printable(text: str) -> str:
     """Text from a file or a path, for a terminal: control characters, line breaks among them, as escapes such as \\x1b."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Ends the process with an exit code (README) and the message; that of Ctrl-C (130) is not called an error."""
+    lines = message.splitlines() if code == 1 else [message]  # what the user did wrong is one line, whatever names are in it
+    shown = "\n".join(map(printable, lines))
+    text = Text("" if code == 130 else "error: ", style="red").append(shown, style="default")  # Text: no markup in messages
+    console.print(text, highlight=False, soft_wrap=True)
+    sys.exit(code)
 
 
 class _Rate(ProgressColumn):

@@ -51,3 +51,10 @@ SAMPLE = pa.schema(  # train/samples.parquet: what the learner's ranks read; one
         pa.field("rollout_passed", pa.bool_()),
     ]
 )
+
+SCORE = pa.schema(  # scores.parquet: what the learner's ranks give back, a row per sample in the order of samples.parquet
+    [
+        pa.field("logprobs", pa.list_(pa.float64()), nullable=False),  # of the response ids
+        pa.field("top_ids", pa.list_(pa.int32()), nullable=False),  # the likeliest id in the place of each
+    ]
+)

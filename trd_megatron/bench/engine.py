@@ -1,105 +1,120 @@
-"""LocalEngine against plain `model.generate`: same model, prompts, sampling parameters and number of new tokens, one process.
+"""`trd bench engine`: tokens per second of SGLang servers, the embedded engine and plain `model.generate` on the same work.
 
-Both load the model by themselves, ignore the end-of-turn token (so that both draw the same number of tokens) and take turns,
-so that what else the machine does hits both. The figure is the median over the repeats.
+All sides get the same prompts and sampling, ignore the end of turn (so that all draw the same number of tokens) and take turns, so
+that what else the machine does hits all. Each round has prompts of its own: SGLang keeps those that it has seen.
 """
 
 import random
-import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
+from trd_megatron.bench import engine_report, record
+from trd_megatron.bench.engine_report import Row
+from trd_megatron.bench.engine_sides import SIDES, TEMPERATURE, TOP_K, TOP_P, Prompts, Settings, Side
 from trd_megatron.builtin_models import resolve_model
-from trd_megatron.engine.base import Request, SamplingParams
-from trd_megatron.engine.local import LocalEngine, load_model
+from trd_megatron.engine.base import EngineFailedError
+from trd_megatron.errors import UserError
+from trd_megatron.progress import bar
+from trd_megatron.run_dir import write_json
 
-TEMPERATURE, TOP_P, TOP_K = 0.6, 0.95, 20
-
-
-def random_prompts(count: int, lengths: list[int], samples: int, vocab_size: int, seed: int = 0) -> list[list[int]]:
-    """`count` prompts of random ids, each `samples` times in a row; their lengths go round `lengths`."""
-    source = random.Random(seed)
-    prompts = [[source.randrange(vocab_size // 2, vocab_size) for _ in range(lengths[i % len(lengths)])] for i in range(count)]
-    return [prompt for prompt in prompts for _ in range(samples)]
+ROUNDS_OF_WORK = 4  # a round has so many times more responses than are drawn at once, if there are enough prompts
 
 
-def benchmark(
-    model_path: str | Path,
-    batch_size: int = 32,
-    prompts: list[list[int]] | None = None,
-    *,
-    max_new_tokens: int = 64,
-    repeats: int = 3,
-) -> dict[str, float]:
-    """Response tokens per second of both sides (float32, CPU): local, plain, ratio (local / plain), tokens of one repeat.
+def check(settings: Settings) -> None:
+    """Raises UserError for settings that cannot be measured."""
+    for side in settings.sides:
+        if side not in SIDES:
+            raise UserError(f"--sides {side}: it is one of {', '.join(SIDES)}")
+    if settings.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {settings.dtype}: it must be float32 or bfloat16")
+    if settings.urls and "sglang" not in settings.sides:
+        raise UserError("--url names SGLang servers, but sglang is not among --sides")
+    record.check_device(settings.device)
 
-    `prompts` are token ids, in the order in which plain generate takes them in batches of batch_size; without any, batch_size
-    random ones of 64 tokens.
+
+def random_prompts(settings: Settings, vocab_size: int, seed: int) -> Prompts:
+    """Prompts of random ids, each `samples` times in a row; their lengths go round `lengths`."""
+    source, lengths = random.Random(seed), settings.lengths
+    prompts = [[source.randrange(vocab_size // 2, vocab_size) for _ in range(lengths[i % len(lengths)])] for i in range(settings.prompts)]
+    return [prompt for prompt in prompts for _ in range(settings.samples)]
+
+
+def benchmark(settings: Settings, out: Path, say: Callable[[str], None] = lambda line: None) -> list[Row]:
+    """Measures and writes out/bench_engine.json and out/bench_engine.png anew after each concurrency.
+
+    A side that cannot be had or fails has rows that say so. Raises UserError for settings that cannot be measured.
     """
-    engine = LocalEngine(model_path, batch_size=batch_size)
-    engine.eos_token_ids = frozenset()
-    plain = load_model(model_path, torch.float32).eval()
-    plain.generation_config.eos_token_id = None
-    if prompts is None:
-        prompts = random_prompts(batch_size, [64], 1, plain.config.vocab_size)
-    shard = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
-
-    def run_local(new_tokens: int) -> int:
-        sampling = SamplingParams(TEMPERATURE, TOP_P, TOP_K, new_tokens)
-        return sum(len(g.token_ids) for _, generations in engine.generate([shard], sampling) for g in generations)
-
-    def run_plain(new_tokens: int) -> int:
-        return sum(_plain_batch(plain, prompts[i : i + batch_size], new_tokens) for i in range(0, len(prompts), batch_size))
-
-    seconds: dict[str, list[float]] = {"local": [], "plain": []}
-    sides: list[tuple[str, Callable[[int], int]]] = [("local", run_local), ("plain", run_plain)]
-    for repeat in range(-1, repeats):  # repeat -1 warms up
-        for name, run in sides if repeat % 2 else sides[::-1]:
-            start = time.perf_counter()
-            tokens = run(max_new_tokens if repeat >= 0 else 2)
-            if repeat >= 0:
-                seconds[name].append(time.perf_counter() - start)
-                if tokens != len(prompts) * max_new_tokens:
-                    raise RuntimeError(f"{name} drew {tokens} tokens, not {len(prompts) * max_new_tokens}")
-    total = len(prompts) * max_new_tokens
-    rates = {name: total / statistics.median(values) for name, values in seconds.items()}
-    result = {**rates, "ratio": rates["local"] / rates["plain"], "tokens": float(total)}
-    print(f"local engine   {result['local']:8.1f} tokens/s")
-    print(f"model.generate {result['plain']:8.1f} tokens/s")
-    print(f"ratio          {result['ratio']:8.2f}", flush=True)
-    return result
+    check(settings)
+    record.prepare(out, settings.device)
+    torch.set_num_threads(settings.threads)
+    model = resolve_model(settings.model)
+    vocab_size = int(AutoConfig.from_pretrained(model, local_files_only=True).get_text_config().vocab_size)
+    rows: list[Row] = []
+    sides: dict[str, Side] = {}
+    errors: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="trd-bench-") as name:
+        try:
+            for side in settings.sides:
+                say(f"{side} loads the model")
+                try:
+                    sides[side] = SIDES[side](settings, model, Path(name), say)
+                except (UserError, EngineFailedError) as error:
+                    errors[side] = str(error)
+            for concurrency in settings.concurrency:
+                rows += _measure(settings, concurrency, vocab_size, sides, errors)
+                write_json(out / "bench_engine.json", _record(settings, rows))
+                engine_report.plot(rows, settings.title, out / "bench_engine.png")
+        finally:
+            for opened in sides.values():
+                opened.close()
+    return rows
 
 
-@torch.inference_mode()
-def _plain_batch(model: Any, prompts: list[list[int]], new_tokens: int) -> int:
-    """Tokens that model.generate draws for one left-padded batch."""
-    length = max(len(prompt) for prompt in prompts)
-    input_ids = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    output = model.generate(
-        input_ids,
-        attention_mask=mask,
-        max_new_tokens=new_tokens,
-        do_sample=True,
-        temperature=TEMPERATURE,
-        top_p=TOP_P,
-        top_k=TOP_K,
-        pad_token_id=0,
-    )
-    return output[:, length:].numel()
+def _measure(settings: Settings, concurrency: int, vocab_size: int, sides: dict[str, Side], errors: dict[str, str]) -> list[Row]:
+    """The rows of one concurrency. A side that fails goes from `sides` to `errors`."""
+    responses = min(settings.prompts * settings.samples, ROUNDS_OF_WORK * concurrency)
+    rows = {side: Row(side, concurrency, responses, responses * settings.max_new_tokens) for side in settings.sides}
+    with bar(f"{concurrency} at once", total=len(rows) * (settings.repeats + 1), unit="rounds") as progress:
+        for repeat in range(settings.repeats + 1):  # the first is a warm-up, and not timed
+            prompts = random_prompts(settings, vocab_size, repeat)[:responses]
+            for side in settings.sides if repeat % 2 else settings.sides[::-1]:
+                if side in sides:
+                    progress.note(side)
+                    _round(sides, errors, rows[side], prompts, settings.max_new_tokens, timed=repeat > 0)
+                progress.advance()
+    for side, error in errors.items():
+        rows[side].status, rows[side].error, rows[side].seconds = "failed", error, []
+    return list(rows.values())
 
 
-def run(
-    model: str, batch_size: int, prompts: int, lengths: list[int], samples: int, max_new_tokens: int, repeats: int, threads: int | None
-) -> None:
-    """`trd bench engine`. model: folder, hub id or builtin:NAME. prompts: distinct ones. threads: None for torch's own choice."""
-    if threads:
-        torch.set_num_threads(threads)
-    path = resolve_model(model)
-    vocab_size = load_model(path, torch.float32).config.vocab_size
-    ids = random_prompts(prompts, lengths, samples, vocab_size)
-    benchmark(path, batch_size, ids, max_new_tokens=max_new_tokens, repeats=repeats)
+def _round(sides: dict[str, Side], errors: dict[str, str], row: Row, prompts: Prompts, new_tokens: int, timed: bool) -> None:
+    side, expected = sides[row.side], len(prompts) * new_tokens
+    try:
+        side.prepare(row.concurrency)
+        start = time.perf_counter()
+        drawn = side.draw(prompts, new_tokens)
+        seconds = time.perf_counter() - start
+        if drawn != expected:
+            raise EngineFailedError(f"it drew {drawn} tokens, not {expected}")
+    except (UserError, EngineFailedError) as error:
+        errors[row.side] = str(error)
+        sides.pop(row.side).close()
+        return
+    if timed:
+        row.seconds.append(seconds)
+
+
+def _record(settings: Settings, rows: list[Row]) -> dict[str, Any]:
+    return {
+        "settings": asdict(settings) | {"temperature": TEMPERATURE, "top_p": TOP_P, "top_k": TOP_K},
+        "versions": record.versions(["torch", "transformers", "aiohttp"]),
+        "machine": record.machine(settings.device),
+        "results": [row.json() for row in rows],
+    }

@@ -27,12 +27,13 @@ class Weights:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are drawn. top_k is applied before top_p; temperature 0 is greedy."""
+    """How tokens are drawn. top_k is applied before top_p; temperature 0 is greedy. ignore_eos: to max_new_tokens, for benchmarks."""
 
     temperature: float
     top_p: float
     top_k: int  # -1: the whole vocabulary
     max_new_tokens: int
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)

@@ -64,8 +64,7 @@ class LocalEngine:
     """Engine (see engine/base.py) that runs a Hugging Face causal language model in this process.
 
     The rows of a batch come from one shard, so a shard's ids depend on its requests, the sampling parameters and
-    batch_size, and on nothing that ran before. weight_version is noted on every generation. `eos_token_ids` may be emptied to
-    decode to max_new_tokens.
+    batch_size, and on nothing that ran before. weight_version is noted on every generation.
 
     Raises UserError if the folder does not hold a complete model that this engine can run or the device is missing.
     """
@@ -154,6 +153,7 @@ class LocalEngine:
         ids: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
         reasons: list[FinishReason] = ["length"] * len(requests)
+        ends = frozenset() if sampling.ignore_eos else self.eos_token_ids
         logits, cache, mask = self._prefill([request.prompt_ids for request in requests], sampling.max_new_tokens)
         uniforms = self._uniforms(requests, sampling)
         positions = torch.tensor([[len(request.prompt_ids)] for request in requests], device=self.device)
@@ -170,7 +170,7 @@ class LocalEngine:
             for row, token, score in zip(active, drawn.tolist(), scores.tolist(), strict=True):
                 ids[row].append(token)
                 logprobs[row].append(score)
-                if token in self.eos_token_ids:
+                if token in ends:
                     reasons[row] = "stop"
             on_tokens(len(active))
             if step + 1 == sampling.max_new_tokens:

@@ -11,7 +11,7 @@ from trd_megatron.processes import die_with_parent
 
 
 def main(folder: Path) -> None:
-    """Trains as train/job.json says. Rank 0 prints one JSON line per step."""
+    """Trains, or scores, as job.json says. In training rank 0 prints one JSON line per step."""
     import megatron.core
 
     from trd_megatron.config import from_dict
@@ -19,6 +19,7 @@ def main(folder: Path) -> None:
     from trd_megatron.learner import versions
     from trd_megatron.learner.job import ERROR, Job
     from trd_megatron.learner.parallel import process_group, setup
+    from trd_megatron.learner.score_rank import score
     from trd_megatron.learner.train import NonFiniteError, StoppedError, train
     from trd_megatron.run_dir import write_json
 
@@ -35,7 +36,11 @@ def main(folder: Path) -> None:
         versions.check(megatron.core.__version__)
         with process_group(config.learner.device):
             parallel = setup(config.learner)
-            train(config, folder, job.samples(folder), Path(job.student_path), teacher, parallel, on_step, job.epistemic_ids)
+            samples, student = job.samples(folder), Path(job.student_path)
+            if job.work == "score":
+                score(config.learner, folder, samples, student, parallel)
+            else:
+                train(config, folder, samples, student, teacher, parallel, on_step, job.epistemic_ids)
     except StoppedError as error:
         print(error, file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The hand-over from the train stage to the learner's ranks, and how the stage starts them. Imports no Megatron."""
+"""The hand-over to the learner's ranks (of the train stage, of score.py), and how they are started. Imports no Megatron."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trd_megatron import processes
 from trd_megatron.config import LearnerConfig
@@ -21,12 +21,13 @@ JOB, SAMPLES, ERROR, LOG = "job.json", "samples.parquet", "error.json", "learner
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a rank needs besides train/samples.parquet."""
+    """Everything a rank needs besides samples.parquet. work "score": of the model at student_path, see score.py."""
 
     config: dict[str, Any]
     student_path: str
     teacher_path: str | None
     epistemic_ids: list[int]
+    work: Literal["train", "score"] = "train"
 
     @staticmethod
     def read(folder: Path) -> "Job":
@@ -45,7 +46,7 @@ class LearnerFailedError(RuntimeError):
 
 
 def run_ranks(folder: Path, config: LearnerConfig) -> Iterator[dict[str, Any]]:
-    """Starts the ranks with torchrun and yields the metrics of each step as it ends.
+    """Starts the ranks with torchrun and yields the metrics of each step as it ends (of work "score": nothing).
 
     Raises UserError for what the user can mend, LearnerFailedError (with the log's path) for the rest. The ranks are
     killed when the caller stops reading or dies.

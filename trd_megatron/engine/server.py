@@ -1,7 +1,6 @@
 """Starts SGLang servers, watches them, starts those again that end, stops them."""
 
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Literal
 
 from trd_megatron.builtin_models import model_fingerprint, resolve_model
 from trd_megatron.config import Config
-from trd_megatron.engine.base import Engine, Weights
+from trd_megatron.engine.base import API_KEY, Engine, Weights
 from trd_megatron.run_dir import RunDir
 
 if TYPE_CHECKING:
     from trd_megatron.engine.server import LaunchedServers
 
-API_KEY = "SGLANG_API_KEY"  # environment variable
 Role = Literal["student", "teacher"]
 
 
@@ -91,6 +90,7 @@ class Engines:
             may_update=role == "student",
             say=self._say,
             api_key=os.environ.get(API_KEY),
+            check=self._launched[role].check if engine.launch else None,
         )
 
     def release(self) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.scripted_server import FAULTS, VOCAB_SIZE, ScriptedServer, response
+from trd_megatron.bench.client import benchmark
 from trd_megatron.engine import dispatch
 from trd_megatron.engine.base import EngineFailedError, Generation, Request, SamplingParams, Weights
 from trd_megatron.engine.client_options import ClientOptions
@@ -52,15 +53,15 @@ class Client:
     """An engine with what it said."""
 
     def __init__(
-        self, servers: list[ScriptedServer], model: Path, *, version: int = 0, update: bool = True, key: str | None = None, **o: Any
-    ):
+        self, servers: list[ScriptedServer], model: Path, *, version: int = 0, update: bool = True, key: str | None = None, **options: Any
+    ) -> None:
         self.said: list[str] = []
         self.weights = Weights(model, version, "0123456789abcdef")
         self.journal = model.parent / "journal.bin"
         self.engine = SGLangEngine(
             [server.url for server in servers],
             self.weights,
-            ClientOptions(**{**FAST, **o}),
+            ClientOptions(**{**FAST, **options}),
             journal=self.journal,
             may_update=update,
             say=self.said.append,
@@ -163,15 +164,15 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_a_thousand_faults(two: list[ScriptedServer], model: Path) -> None:
-    for server in two:
-        server.faults.update({kind: 72 for kind in FAULTS})
-        server.fault_rate = 0.6
+    two[0].faults.update({kind: 150 for kind in FAULTS})
+    two[1].faults = two[0].faults
+    two[0].fault_rate = two[1].fault_rate = 0.8
     shards = make_shards(100, size=16)
     options = {"request_timeout_s": 1.0, "read_timeout_s": 0.5, "attempts": 40, "max_outstanding": 64}
     with Client(two, model, **options) as client:
         check(client.draw(shards), shards)
     injected = {kind: sum(server.injected[kind] for server in two) for kind in FAULTS}
-    assert injected == dict.fromkeys(FAULTS, 144)  # 1,008
+    assert sum(injected.values()) >= 1000 and min(injected.values()) >= 100, injected
     assert any("is out" in text for text in client.said) and any("is back" in text for text in client.said)
     assert len(Journal(client.journal)) == 1600
 
@@ -467,6 +468,13 @@ def test_ctrl_c(model: Path) -> None:
             client.draw(make_shards(4))
 
 
+def test_memory_and_cost() -> None:
+    """The client alone with 10,000 prompts of 1,000 tokens: the bound on memory is the promise, the one on CPU is far from it."""
+    figures = benchmark(prompts=10_000, prompt_tokens=1_000, response_tokens=32, quiet=True)
+    assert figures["peak_rss_mb"] < 500
+    assert figures["cpu_ms_per_request"] < 5
+
+
 # Journal
 
 
@@ -514,6 +522,7 @@ def test_full_disk(two: list[ScriptedServer], model: Path, monkeypatch: pytest.M
         monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(full, data, 0))  # the kernel's own ENOSPC
         with pytest.raises(OSError, match="No space left"):
             client.draw(make_shards(4))
+        client.engine.close()
         monkeypatch.undo()
         os.close(full)
     assert client.journal.stat().st_size == size

@@ -41,17 +41,19 @@ class NullServer(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
-        head = self._buffer.find(b"\r\n\r\n")
-        if head < 0:
+        start = self._buffer.find(b"\r\n\r\n") + 4
+        if start < 4:
             return
-        length = re.search(rb"(?i)content-length: *(\d+)", self._buffer[:head])
-        end = head + 4 + (int(length[1]) if length else 0)
+        length = re.search(rb"(?i)content-length: *(\d+)", self._buffer[:start])
+        end = start + (int(length[1]) if length else 0)
         if len(self._buffer) < end:
             return
-        path, body = self._buffer.split(b" ", 2)[1], bytes(self._buffer[head + 4 : end])
+        path, body = self._buffer.split(b" ", 2)[1], bytes(self._buffer[start:end])
         del self._buffer[:end]
         status, content = self._reply(bytes(path), body)
-        self._transport.write(b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (status, len(content)) + content)
+        self._transport.write(
+            b"HTTP/1.1 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % (status, len(content)) + content
+        )
 
     def _reply(self, path: bytes, body: bytes) -> tuple[int, bytes]:
         if path == b"/generate" and b"top_logprobs_num" not in body:
@@ -98,7 +100,8 @@ def serve(response_tokens: int, label: str) -> None:
 def measure(url: str, folder: str, prompts: int, prompt_tokens: int, response_tokens: int, max_outstanding: int) -> None:
     """(its own process) Draws them all and prints the figures as JSON."""
     (Path(folder) / "config.json").write_text(json.dumps({"vocab_size": _VOCAB_SIZE}))
-    base = _ids(prompt_tokens)
+    source = random.Random(1)
+    base = [source.randrange(_VOCAB_SIZE) for _ in range(prompt_tokens)]
 
     def shards() -> Iterator[list[Request]]:
         for start in range(0, prompts, _SHARD):
@@ -116,44 +119,39 @@ def measure(url: str, folder: str, prompts: int, prompt_tokens: int, response_to
     if (samples, tokens) != (prompts, prompts * response_tokens):
         raise RuntimeError(f"{samples} samples and {tokens} tokens came back, not {prompts} and {prompts * response_tokens}")
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    print(
-        json.dumps(
-            {
-                "cpu_ms_per_request": 1000 * cpu / prompts,
-                "requests_per_second": prompts / seconds,
-                "peak_rss_mb": int(peak.split()[1]) / 1024,
-            }
-        )
-    )
+    figures = {"cpu_ms_per_request": 1000 * cpu / prompts, "requests_per_second": prompts / seconds}
+    print(json.dumps(figures | {"peak_rss_mb": int(peak.split()[1]) / 1024}))
 
 
-def _ids(count: int) -> list[int]:
-    source = random.Random(1)
-    return [source.randrange(_VOCAB_SIZE) for _ in range(count)]
+def _child(call: str) -> "subprocess.Popen[str]":
+    """A process of this module that ends with this one."""
+    environment = dict(os.environ) | {processes.PARENT: str(os.getpid())}
+    return subprocess.Popen([sys.executable, "-c", _COMMAND.format(call)], stdout=subprocess.PIPE, text=True, env=environment)
 
 
 def benchmark(
     *, prompts: int = 10_000, prompt_tokens: int = 1_000, response_tokens: int = 64, max_outstanding: int = 256, quiet: bool = False
 ) -> dict[str, float]:
     """cpu_ms_per_request, requests_per_second, peak_rss_mb (the whole process of the client) and what was asked for."""
-    environment = dict(os.environ) | {processes.PARENT: str(os.getpid())}
     label = Weights(Path(), 0, "null").label
     with tempfile.TemporaryDirectory(prefix="trd-bench-client-") as folder:
-        server = subprocess.Popen(
-            [sys.executable, "-c", _COMMAND.format(f"serve({response_tokens}, {label!r})")], stdout=subprocess.PIPE, text=True, env=environment
-        )
+        server = _child(f"serve({response_tokens}, {label!r})")
         try:
             assert server.stdout is not None
             url = f"http://127.0.0.1:{int(server.stdout.readline())}"
-            call = f"measure({url!r}, {folder!r}, {prompts}, {prompt_tokens}, {response_tokens}, {max_outstanding})"
-            done = subprocess.run(
-                [sys.executable, "-c", _COMMAND.format(call)], stdout=subprocess.PIPE, text=True, check=True, env=environment
-            )
+            client = _child(f"measure({url!r}, {folder!r}, {prompts}, {prompt_tokens}, {response_tokens}, {max_outstanding})")
+            try:
+                output = client.communicate()[0]
+            finally:
+                client.kill()
+            if client.returncode:
+                raise RuntimeError(f"the client of the benchmark failed with exit code {client.returncode}")
         finally:
             server.kill()
-            server.wait()
-    result = {"prompts": prompts, "prompt_tokens": prompt_tokens, "response_tokens": response_tokens, "max_outstanding": max_outstanding}
-    result |= json.loads(done.stdout.splitlines()[-1])
+            server.communicate()
+    result: dict[str, float] = {"prompts": prompts, "prompt_tokens": prompt_tokens, "response_tokens": response_tokens}
+    result["max_outstanding"] = max_outstanding
+    result |= json.loads(output.splitlines()[-1])
     if not quiet:
         print(f"{prompts} prompts of {prompt_tokens} tokens, responses of {response_tokens}, {max_outstanding} in flight, null server")
         print(f"CPU per request  {result['cpu_ms_per_request']:8.3f} ms")

@@ -121,7 +121,7 @@ class SGLangEngine:
         self._thread.join()
         self._loop.close()
         self._journal.close()
-        self._put_error(RuntimeError("the engine is closed"))
+        self._put_message("closed")  # wakes a generate() that waits
 
     def _until(self, last: str, job: "asyncio.Task[None]") -> Iterator[tuple[str, Any]]:
         """Events of `job`, until the one called `last`; tells the user what is to be told, raises what went wrong."""
@@ -132,6 +132,8 @@ class SGLangEngine:
                 if self._check is not None:
                     self._check()
                 continue
+            if self._closed:
+                raise RuntimeError("the engine is closed")
             if kind == "say":
                 self._say(value)
             elif kind == "error":
@@ -167,6 +169,8 @@ class SGLangEngine:
 
     def _put_error(self, error: BaseException) -> None:
         self._failure = self._failure or error
+        if self._job is not None:
+            self._job.cancel()
         self._events.put((None, "error", error))
 
     async def _open(self) -> None:

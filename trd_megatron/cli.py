@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from dataclasses import MISSING
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -229,6 +230,52 @@ def doctor(
     if found and not go_on:
         fail(found, 1)
     console.print(f"going on all the same (--go-on): {found}" if found else "engine and learner agree", highlight=False, markup=False)
+
+
+class Role(StrEnum):
+    """Whose servers."""
+
+    student = "student"
+    teacher = "teacher"
+    both = "both"
+
+
+@app.command()
+def serve(
+    overrides: Overrides = None,
+    role: Annotated[Role, typer.Option(help="Whose servers to start. In mode=opsd there is only the student.")] = Role.both,
+    host: Annotated[str, typer.Option(help="Where they listen. Other than this machine's own needs SGLANG_API_KEY.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the first server; the others follow.")] = 30000,
+) -> None:
+    """Start the SGLang servers of an experiment and keep them running, for runs that attach to them.
+
+    A run starts servers of its own with engine.launch=true. Servers that outlive a run save the start at every run, and may stand on
+    another machine. Where they are and how a run attaches to them is printed when all are healthy; one that dies is started again.
+    Ctrl-C stops all.
+
+    Models are model.path and teacher.path; how they are served say engine.device, engine.dtype, engine.student.* and
+    engine.teacher.* (`trd run --keys`). Logs go to servers/ in the run directory.
+
+    SGLang is in an environment of its own: `make sglang-cpu` builds one for machines without a GPU, engine.python names another.
+    An API key comes from the environment (SGLANG_API_KEY), here and where `trd run` is started.
+
+    [bold]Examples[/bold]
+
+      trd serve experiment=smoke
+
+      trd serve experiment=quickstart --port 31000 engine.student.data_parallel_size=2
+
+      SGLANG_API_KEY=... trd serve experiment=NAME engine=sglang --role teacher --host 0.0.0.0
+    """
+    from trd_megatron.config import load
+
+    config = load(overrides or [])
+    from trd_megatron.engine import serve as serving
+
+    try:
+        serving.serve(config, role.value, host, port)
+    except KeyboardInterrupt:
+        _fail("all servers are stopped", 130)
 
 
 app.add_typer(convert, name="convert")

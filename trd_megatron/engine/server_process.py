@@ -21,7 +21,6 @@ from trd_megatron.engine.base import Weights
 from trd_megatron.errors import UserError
 
 HEALTH_TIMEOUT_S = 5.0
-TERM_S = 15.0  # for a server to end what it is doing; SGLang takes 4 s idle and up to 11 s with requests running
 KILL_S = 10.0
 ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 # Not through a proxy that the user's environment names.
@@ -147,30 +146,37 @@ class Server:
     def port_was_taken(self) -> bool:
         return any(_PORT_TAKEN.search(line) for line in self.last_words())
 
-    def signal_group(self, number: int) -> None:
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
+    def signal(self, number: int) -> None:
+        """SIGKILL to the whole group; any other to the server itself, which ends its own processes in order."""
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            (os.killpg if number == signal.SIGKILL else os.kill)(self.process.pid, number)
 
-    def end(self) -> None:
-        """Kills what is left of the group at once."""
-        end_groups([self], term_s=0)
+    def is_gone(self) -> bool:
+        """Whether no process of the group is left. Kills those that have lost the server itself."""
+        assert self.process is not None
+        if self.exit_code() is None:
+            return False
+        if not group_members(self.process.pid):
+            return True
+        self.signal(signal.SIGKILL)
+        return False
 
 
-def end_groups(servers: Sequence[Server], term_s: float = TERM_S) -> None:
-    """SIGTERM to all, then SIGKILL to those that have not gone after `term_s`. Raises RuntimeError if one outlives that too."""
+def end_groups(servers: Sequence[Server], term_s: float) -> None:
+    """SIGTERM, so that SGLang gives GPU memory back in order; after `term_s` (0: at once) SIGKILL. Returns when nothing is left of
+    the groups. Raises RuntimeError if something outlives SIGKILL."""
     left = [server for server in servers if server.process is not None]
     for number, seconds in ((signal.SIGTERM, term_s), (signal.SIGKILL, KILL_S)):
         if seconds == 0:
             continue
         for server in left:
-            server.signal_group(number)
+            if server.exit_code() is None:
+                server.signal(number)
         deadline = time.monotonic() + seconds
-        while left:
-            left = [server for server in left if server.exit_code() is None or group_members(server.process.pid)]  # type: ignore[union-attr]
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
+        while left and time.monotonic() < deadline:
+            left = [server for server in left if not server.is_gone()]
+            time.sleep(0.05 if left else 0)
     if left:
         raise RuntimeError(f"processes of {', '.join(server.url for server in left)} do not end, even on SIGKILL")
     for server in servers:

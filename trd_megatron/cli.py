@@ -275,7 +275,7 @@ def serve(
     try:
         serving.serve(config, role.value, host, port)
     except KeyboardInterrupt:
-        _fail("all servers are stopped", 130)
+        fail("all servers are stopped", 130)
 
 
 app.add_typer(convert, name="convert")

@@ -270,13 +270,15 @@ def test_wrong_flag_is_the_users(scripted: Scripted) -> None:
         scripted.servers().start()
 
 
-def test_one_that_fails_takes_the_other_down(scripted: Scripted) -> None:
+def test_ports_that_cannot_be_had(scripted: Scripted) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(UserError, match=r"cannot serve at 127\.0\.0\.1:\d+ \(Address already in use\)"):
             scripted.servers(2, ports=[0, taken.getsockname()[1]]).start()
-    assert not alive(scripted.pids)
+    with pytest.raises(UserError, match=r"cannot serve at 127\.0\.0\.1:65536"):
+        scripted.servers(2, ports=range(65535, 65537)).start()
+    assert not scripted.starts
 
 
 def test_never_healthy(scripted: Scripted) -> None:

@@ -125,6 +125,7 @@ class LaunchedServers:
                 end_groups(self._servers, TERM_S if self._engine.device == "cuda" else 0)
             finally:
                 for server in self._servers:
+                    server.state = "waiting"
                     server.kept_port.close()
                 self._write_list(running=False)
 
@@ -148,6 +149,9 @@ class LaunchedServers:
                 server.state, server.failures = "healthy", 0
                 if self._began:
                     self._say(f"{self.role} server {server.url} is healthy again, {time.monotonic() - server.began:.0f} s after its start")
+            elif server.port_was_taken():
+                end_groups([server], term_s=0)
+                self._died(server, "found its port taken")
             elif now - server.began > self._engine.start_timeout_s:
                 end_groups([server], term_s=0)
                 self._died(server, f"was not healthy within engine.start_timeout_s={self._engine.start_timeout_s:g}")
@@ -192,7 +196,7 @@ class LaunchedServers:
             for server in self._servers if running else []:
                 if server.process is not None:
                     pid, started = server.process.pid, server.started_at
-                    rows.append({"role": self.role, "url": server.url, "pid": pid, "started": started, "log": str(server.log)})
+                    rows.append({"role": self.role, "url": server.url, "pid": pid, "started": started, "log": str(server.log.absolute())})
             write_json(path, rows)
 
 

@@ -38,9 +38,11 @@ def reserve_port(host: str, port: int) -> socket.socket:
     kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         kept.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         kept.close()
-        raise UserError(f"cannot serve at {host}:{port} ({error.strerror}): choose another --port or --host") from None
+        raise UserError(
+            f"cannot serve at {host}:{port} ({getattr(error, 'strerror', None) or error}): choose another --port or --host"
+        ) from None
     return kept
 
 
@@ -134,7 +136,7 @@ class Server:
 
     def last_words(self) -> list[str]:
         """What it has written since its last start."""
-        if self._copier is not None:
+        if self._copier is not None and self.process is None:
             self._copier.join(timeout=5)  # what is left in the pipe
         with self.log.open("rb") as log:
             log.seek(self._log_start)
@@ -148,6 +150,7 @@ class Server:
         return (first_hand or errors or lines or ["it wrote nothing"])[-1][:400]
 
     def port_was_taken(self) -> bool:
+        """Whether it says so; SGLang does not end then."""
         return any(_PORT_TAKEN.search(line) for line in self.last_words())
 
     def signal(self, number: int) -> None:

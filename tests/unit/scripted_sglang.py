@@ -58,4 +58,5 @@ class Handler(BaseHTTPRequestHandler):
 try:
     HTTPServer((known.host, known.port), Handler).serve_forever()
 except OSError as error:
-    sys.exit(f"ERROR: {error}")
+    print(f"ERROR: {error}", flush=True)
+    time.sleep(600)  # SGLang does not end either

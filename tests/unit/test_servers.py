@@ -56,7 +56,7 @@ def test_command_on_a_cpu(model: Path) -> None:
     assert flags(line) == {
         "--model-path": str(model), "--weight-version": FIRST, "--host": "127.0.0.1", "--port": "4000", "--device": "cpu",
         "--dtype": "float32", "--tp-size": "1", "--attention-backend": "torch_native", "--disable-cuda-graph": True,
-        "--skip-server-warmup": True, "--max-total-tokens": str(8 * 4096), "--mem-fraction-static": "0.3",
+        "--max-total-tokens": str(8 * 4096), "--mem-fraction-static": "0.3",
     }  # fmt: skip
 
 
@@ -270,13 +270,15 @@ def test_wrong_flag_is_the_users(scripted: Scripted) -> None:
         scripted.servers().start()
 
 
-def test_one_that_fails_takes_the_other_down(scripted: Scripted) -> None:
+def test_ports_that_cannot_be_had(scripted: Scripted) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(UserError, match=r"cannot serve at 127\.0\.0\.1:\d+ \(Address already in use\)"):
             scripted.servers(2, ports=[0, taken.getsockname()[1]]).start()
-    assert not alive(scripted.pids)
+    with pytest.raises(UserError, match=r"cannot serve at 127\.0\.0\.1:65536"):
+        scripted.servers(2, ports=range(65535, 65537)).start()
+    assert not scripted.starts
 
 
 def test_never_healthy(scripted: Scripted) -> None:
@@ -324,9 +326,11 @@ def test_another_server_on_the_port_does_not_count(scripted: Scripted) -> None:
     server_process.end_groups([other], term_s=0)
 
 
-def test_stop_kills_what_ignores_sigterm(scripted: Scripted) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_stop_kills_what_ignores_sigterm(scripted: Scripted, device: str) -> None:
     scripted.script(child=True)
     servers = scripted.servers()
+    servers._engine.device = device
     servers.start()
     assert len(alive(scripted.pids)) == 2
     servers.stop()

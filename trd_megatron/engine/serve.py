@@ -16,7 +16,7 @@ from trd_megatron.engine.base import Weights
 from trd_megatron.engine.launch_sglang import KEY
 from trd_megatron.engine.server import LaunchedServers, start_all
 from trd_megatron.errors import UserError
-from trd_megatron.progress import console, output
+from trd_megatron.progress import console, output, printable
 
 LOOK_EVERY_S = 1.0
 
@@ -41,7 +41,7 @@ def serve(config: Config, role: str, host: str, port: int) -> None:
         count = getattr(config.engine, name).data_parallel_size
         groups.append(
             LaunchedServers(
-                name, weights, config.engine, logs, console.print, host=host, ports=range(port, port + count), api_key=key
+                name, weights, config.engine, logs, _say, host=host, ports=range(port, port + count), api_key=key
             )
         )  # fmt: skip
         port += count
@@ -55,6 +55,10 @@ def serve(config: Config, role: str, host: str, port: int) -> None:
     finally:
         for group in groups:
             group.stop()
+
+
+def _say(line: str) -> None:
+    console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
 
 
 def _launching(config: Config) -> Config:

@@ -20,7 +20,7 @@ GIVE_UP_AFTER = 5  # deaths in a row, without being healthy in between
 BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0  # doubled from death to death
 PORT_TRIES = 5
 LOOK_EVERY_S = 0.25
-TERM_S = 15.0  # for a server to end in order; SGLang takes 4 s idle and up to 11 s with requests running
+TERM_S = 15.0  # cuda: for a server to give GPU memory back; SGLang takes 4 s idle and up to 11 s with requests running
 _list_lock = threading.Lock()  # student's and teacher's servers stand in one list
 
 
@@ -122,9 +122,10 @@ class LaunchedServers:
             raise
         finally:
             try:
-                end_groups(self._servers, TERM_S)
+                end_groups(self._servers, TERM_S if self._engine.device == "cuda" else 0)
             finally:
                 for server in self._servers:
+                    server.state = "waiting"
                     server.kept_port.close()
                 self._write_list(running=False)
 
@@ -148,6 +149,9 @@ class LaunchedServers:
                 server.state, server.failures = "healthy", 0
                 if self._began:
                     self._say(f"{self.role} server {server.url} is healthy again, {time.monotonic() - server.began:.0f} s after its start")
+            elif server.port_was_taken():
+                end_groups([server], term_s=0)
+                self._died(server, "found its port taken")
             elif now - server.began > self._engine.start_timeout_s:
                 end_groups([server], term_s=0)
                 self._died(server, f"was not healthy within engine.start_timeout_s={self._engine.start_timeout_s:g}")
@@ -170,7 +174,7 @@ class LaunchedServers:
         if not self._began and not was_healthy:
             if self._ports is None and server.failures <= PORT_TRIES and server.port_was_taken():
                 server.kept_port.close()
-                server.kept_port = reserve_port(server.host, 0)
+                server.keep(reserve_port(server.host, 0))
                 return
             raise _first_failure(self.role, what)
         if server.failures >= GIVE_UP_AFTER:
@@ -192,7 +196,7 @@ class LaunchedServers:
             for server in self._servers if running else []:
                 if server.process is not None:
                     pid, started = server.process.pid, server.started_at
-                    rows.append({"role": self.role, "url": server.url, "pid": pid, "started": started, "log": str(server.log)})
+                    rows.append({"role": self.role, "url": server.url, "pid": pid, "started": started, "log": str(server.log.absolute())})
             write_json(path, rows)
 
 

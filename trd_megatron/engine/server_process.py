@@ -38,9 +38,11 @@ def reserve_port(host: str, port: int) -> socket.socket:
     kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         kept.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         kept.close()
-        raise UserError(f"cannot serve at {host}:{port} ({error.strerror}): choose another --port or --host") from None
+        raise UserError(
+            f"cannot serve at {host}:{port} ({getattr(error, 'strerror', None) or error}): choose another --port or --host"
+        ) from None
     return kept
 
 
@@ -69,12 +71,16 @@ class Server:
     began: float = 0.0  # monotonic: of the last start
     started_at: str = ""
     process: subprocess.Popen[bytes] | None = None
+    port: int = field(init=False)
     _log_start: int = 0
     _copier: threading.Thread | None = field(default=None, repr=False)
 
-    @property
-    def port(self) -> int:
-        return int(self.kept_port.getsockname()[1])
+    def __post_init__(self) -> None:
+        self.keep(self.kept_port)
+
+    def keep(self, port: socket.socket) -> None:
+        """Takes a reserved port."""
+        self.kept_port, self.port = port, int(port.getsockname()[1])
 
     @property
     def url(self) -> str:
@@ -130,7 +136,7 @@ class Server:
 
     def last_words(self) -> list[str]:
         """What it has written since its last start."""
-        if self._copier is not None:
+        if self._copier is not None and self.process is None:
             self._copier.join(timeout=5)  # what is left in the pipe
         with self.log.open("rb") as log:
             log.seek(self._log_start)
@@ -144,13 +150,14 @@ class Server:
         return (first_hand or errors or lines or ["it wrote nothing"])[-1][:400]
 
     def port_was_taken(self) -> bool:
+        """Whether it says so; SGLang does not end then."""
         return any(_PORT_TAKEN.search(line) for line in self.last_words())
 
     def signal(self, number: int) -> None:
-        """SIGKILL to the whole group; any other to the server itself, which ends its own processes in order."""
+        """To the server itself, which ends its own processes."""
         assert self.process is not None
         with contextlib.suppress(ProcessLookupError):
-            (os.killpg if number == signal.SIGKILL else os.kill)(self.process.pid, number)
+            self.process.send_signal(number)
 
     def is_gone(self) -> bool:
         """Whether no process of the group is left. Kills those that have lost the server itself."""
@@ -159,7 +166,8 @@ class Server:
             return False
         if not group_members(self.process.pid):
             return True
-        self.signal(signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         return False
 
 
@@ -171,8 +179,7 @@ def end_groups(servers: Sequence[Server], term_s: float) -> None:
         if seconds == 0:
             continue
         for server in left:
-            if server.exit_code() is None:
-                server.signal(number)
+            server.signal(number)
         deadline = time.monotonic() + seconds
         while left and time.monotonic() < deadline:
             left = [server for server in left if not server.is_gone()]

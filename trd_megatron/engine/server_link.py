@@ -83,6 +83,8 @@ class ServerLink:
             raise BrokenError(f"the connection broke: {one_line(str(error)) or type(error).__name__}") from None
 
     async def _body(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
+        if response.content.is_eof() and response.content.total_bytes <= limit:  # all of it came with the head: nothing to wait for
+            return await response.content.read()
         loop = asyncio.get_running_loop()
         pieces: list[bytes] = []
         size = 0

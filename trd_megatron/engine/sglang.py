@@ -19,6 +19,7 @@ from trd_megatron.errors import UserError
 
 _SYNC_EVERY_S = 1.0
 _CHECK_EVERY_S = 1.0
+_TELL_EVERY_S = 0.1
 _SPARE_FILES = 256  # of the process, beside the connections
 
 _Event = tuple["asyncio.Task[None] | None", str, Any]  # the job it belongs to, kind, value
@@ -187,6 +188,20 @@ class SGLangEngine:
         if before is not None:
             await asyncio.wait({before})  # it was cancelled if it did not end
         this = asyncio.current_task()
+        tokens = 0
+
+        def tell_tokens() -> None:
+            nonlocal tokens
+            self._events.put((this, "tokens", tokens))
+            tokens = 0
+
+        def new_tokens(count: int) -> None:
+            """Gathers them: waking the caller for each sample would cost as much as the sample's own work."""
+            nonlocal tokens
+            if not tokens:
+                self._loop.call_later(_TELL_EVERY_S, tell_tokens)
+            tokens += count
+
         job = Job(
             shards,
             sampling,
@@ -195,9 +210,11 @@ class SGLangEngine:
             weights=self._weights,
             vocab_size=self._vocab_size,
             finished_shard=lambda index, results: self._events.put((this, "shard", (index, results))),
-            new_tokens=lambda count: self._events.put((this, "tokens", count)),
+            new_tokens=new_tokens,
         )
         await job.run()
+        if tokens:
+            tell_tokens()
         self._put("done", None)
 
     async def _shut(self) -> None:

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from dataclasses import MISSING
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -40,8 +41,16 @@ def _main(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command()
 def run(
     overrides: Overrides = None,
-    until: Annotated[str | None, typer.Option(help="Stop after this stage.", metavar="STAGE")] = None,
-    only: Annotated[str | None, typer.Option(help="Run this stage alone; what it reads must be done.", metavar="STAGE")] = None,
+    until: Annotated[
+        str | None, typer.Option(help="Stop after this stage, with several rounds that of the first; 1/STAGE: of round 1.", metavar="STAGE")
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            help="Run this stage alone; what it reads must be done. With several rounds in all that have it; 1/STAGE: in round 1.",
+            metavar="STAGE",
+        ),
+    ] = None,
     allow_untested: Annotated[
         bool, typer.Option("--allow-untested", help="Train with a megatron-core that the learner was not tested with.")
     ] = False,
@@ -74,11 +83,11 @@ def run(
     run_dir = RunDir(config.run_dir, config.name)
     console.print(f"[bold]{config.name}[/bold]: method {config.method.name}, {config.mode}, in {run_dir.path}")
     started = time.monotonic()
-    rows: list[tuple[str, Manifest, bool]] = []
+    rows: list[tuple[pipeline.Work, Manifest, bool]] = []
 
-    def on_stage(stage: pipeline.Stage, manifest: Manifest, skipped: bool) -> None:
-        console.print(f"  {stage.name}: {'done before, skipped' if skipped else f'done in {manifest.seconds:.1f} s'}", highlight=False)
-        rows.append((stage.name, manifest, skipped))
+    def on_stage(work: pipeline.Work, manifest: Manifest, skipped: bool) -> None:
+        console.print(f"  {work.name}: {'done before, skipped' if skipped else f'done in {manifest.seconds:.1f} s'}", highlight=False)
+        rows.append((work, manifest, skipped))
 
     def say(line: str) -> None:
         console.print(f"  {printable(line)}", highlight=False, markup=False)
@@ -91,11 +100,11 @@ def run(
     console.print(f"{time.monotonic() - started:.1f} s in all", highlight=False)
 
 
-def _summary(rows: list[tuple[str, Any, bool]]) -> Table:
+def _summary(rows: list[tuple[Any, Any, bool]]) -> Table:
     """What came out of each stage, one line each."""
     table = Table("stage", "result", "seconds", title="Summary")
-    for name, manifest, skipped in rows:
-        table.add_row(name, _result(name, manifest.counts), "skipped" if skipped else f"{manifest.seconds:.1f}")
+    for work, manifest, skipped in rows:
+        table.add_row(work.name, _result(work.stage.name, manifest.counts), "skipped" if skipped else f"{manifest.seconds:.1f}")
     return table
 
 
@@ -221,6 +230,52 @@ def doctor(
     if found and not go_on:
         fail(found, 1)
     console.print(f"going on all the same (--go-on): {found}" if found else "engine and learner agree", highlight=False, markup=False)
+
+
+class Role(StrEnum):
+    """Whose servers."""
+
+    student = "student"
+    teacher = "teacher"
+    both = "both"
+
+
+@app.command()
+def serve(
+    overrides: Overrides = None,
+    role: Annotated[Role, typer.Option(help="Whose servers to start. In mode=opsd there is only the student.")] = Role.both,
+    host: Annotated[str, typer.Option(help="Where they listen. Other than this machine's own needs SGLANG_API_KEY.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the first server; the others follow.")] = 30000,
+) -> None:
+    """Start the SGLang servers of an experiment and keep them running, for runs that attach to them.
+
+    A run starts servers of its own with engine.launch=true. Servers that outlive a run save the start at every run, and may stand on
+    another machine. Where they are and how a run attaches to them is printed when all are healthy; one that dies is started again.
+    Ctrl-C stops all.
+
+    Models are model.path and teacher.path; how they are served say engine.device, engine.dtype, engine.student.* and
+    engine.teacher.* (`trd run --keys`). Logs go to servers/ in the run directory.
+
+    SGLang is in an environment of its own: `make sglang-cpu` builds one for machines without a GPU, engine.python names another.
+    An API key comes from the environment (SGLANG_API_KEY), here and where `trd run` is started.
+
+    [bold]Examples[/bold]
+
+      trd serve experiment=smoke
+
+      trd serve experiment=quickstart --port 31000 engine.student.data_parallel_size=2
+
+      SGLANG_API_KEY=... trd serve experiment=NAME engine=sglang --role teacher --host 0.0.0.0
+    """
+    from trd_megatron.config import load
+
+    config = load(overrides or [])
+    from trd_megatron.engine import serve as serving
+
+    try:
+        serving.serve(config, role.value, host, port)
+    except KeyboardInterrupt:
+        fail("all servers are stopped", 130)
 
 
 app.add_typer(convert, name="convert")

@@ -157,6 +157,16 @@ def _check_servers(config: Config) -> None:
         for flag in servers.extra_args:
             if flag.split("=")[0] in OWN_FLAGS:
                 raise UserError(f"{key}.extra_args: {flag.split('=')[0]} is set by another key of engine: leave it out")
+    if engine.launch and engine.keep_servers and engine.device == "cuda":
+        taken = {gpu: "the learner" for gpu in range(config.learner.ranks if config.learner.device == "cuda" else 0)}
+        for role, servers in roles.items():
+            for gpu in servers.gpus or range(servers.data_parallel_size * servers.tensor_parallel_size):
+                if gpu in taken:
+                    raise UserError(
+                        f"engine.keep_servers=true, but GPU {gpu} is wanted by {taken[gpu]} and by engine.{role}: name others in "
+                        f"engine.{role}.gpus, or set engine.keep_servers=false to share GPUs in time"
+                    )
+                taken[gpu] = f"engine.{role}"
     if engine.deterministic and engine.device == "cpu":
         raise UserError("engine.deterministic=true needs engine.device=cuda: SGLang has no deterministic attention on a CPU")
 

@@ -1,11 +1,11 @@
-"""The stages in order, and nothing else: which there are, what each reads, which are done, and running the others."""
+"""The stages in order, round after round, and nothing else: which there are, what each reads, which are done, and running the others."""
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trd_megatron import preflight
 from trd_megatron.builtin_models import model_fingerprint, resolve_model
@@ -13,7 +13,7 @@ from trd_megatron.config import Config, get, leaves, to_dict
 from trd_megatron.data.parquet import locate
 from trd_megatron.engine.engines import Engines
 from trd_megatron.errors import UserError
-from trd_megatron.run_dir import Manifest, RunDir, StageFolder, file_sha256
+from trd_megatron.run_dir import IN_ROUND, Manifest, RunDir, StageFolder, file_sha256
 from trd_megatron.stages import evaluate, export, prepare, refine, report, rollout, train
 
 Run = Callable[..., dict[str, Any]]  # (Config, RunDir, Path), and Engines where the stage generates
@@ -21,7 +21,7 @@ Run = Callable[..., dict[str, Any]]  # (Config, RunDir, Path), and Engines where
 
 @dataclass(frozen=True)
 class Stage:
-    """settings: the keys (or their sections) it reads; models: the folders it reads; needs: the stages whose output it reads.
+    """settings: the keys (or their sections) it reads; needs: the stages whose output it reads; rounds: in which of them it runs.
     generates: it asks engines for responses; every other stage may have the GPUs to itself."""
 
     name: str
@@ -35,18 +35,23 @@ class Stage:
     reads_benchmarks: bool = False
     generates: bool = False
     kept: bool = True  # in stale/, when it was made with other settings
+    rounds: Literal["each", "first", "last"] = "each"
 
     @property
     def group(self) -> str:
         """The name on the command line: evaluate for evaluate/base and evaluate/student."""
         return self.name.split("/")[0]
 
+    def rounds_of(self, config: Config) -> range:
+        """The rounds in which it runs."""
+        return {"each": range(config.rounds), "first": range(1), "last": range(config.rounds - 1, config.rounds)}[self.rounds]
+
 
 _TEACHER_PROMPT = ("refine.max_prompt_tokens", "refine.max_reference_tokens", "refine.initial_solution")
 _PROMPT = ("data.prompt_format", "student", "seed", "engine", "verify")
 STAGES = (
     Stage("prepare", "problems", prepare.run, ("data.source", "data.train_problems", "data.test_problems", "task", "seed"),
-          reads_data=True),
+          reads_data=True, rounds="first"),
     Stage("rollout", "rollouts", rollout.run, ("rollout", *_PROMPT), ("prepare",), reads_student=True, generates=True),
     Stage("refine", "refined", refine.run, ("refine", "mode", "teacher", *_PROMPT), ("rollout",), reads_teacher=True, generates=True),
     Stage(
@@ -55,11 +60,13 @@ STAGES = (
     ),
     Stage("export/adapter", "adapter", export.run_adapter, ("export", "learner.lora"), ("train",)),
     Stage("export/hf", "hf", export.run_hf, ("export", "learner.lora"), ("train",), reads_student=True),
+    # In later rounds the base is the student of the round before, which was evaluated there.
     Stage("evaluate/base", "eval/base", evaluate.run_base, ("evaluate", *_PROMPT), ("prepare",), reads_student=True, reads_benchmarks=True,
-          generates=True),
+          generates=True, rounds="first"),
     Stage("evaluate/student", "eval/student", evaluate.run_student, ("evaluate", *_PROMPT), ("export/hf",), reads_benchmarks=True,
           generates=True),
-    Stage("report", "report", report.run, ("name",), ("rollout", "refine", "train", "evaluate/base", "evaluate/student"), kept=False),
+    Stage("report", "report", report.run, ("name",), ("rollout", "refine", "train", "evaluate/base", "evaluate/student"), kept=False,
+          rounds="last"),
 )  # fmt: skip
 GROUPS = tuple(dict.fromkeys(stage.group for stage in STAGES))
 
@@ -88,15 +95,16 @@ def _settings(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _outside(config: Config, stage: Stage) -> dict[str, str]:
-    """Hashes of what a stage reads from outside the run."""
+def _outside(config: Config, stage: Stage, student: str | None) -> dict[str, str]:
+    """Hashes of what a stage reads from outside its round. student: the fingerprint of the stage that made the round's student."""
     inputs = {}
     if stage.reads_data and config.data.path is not None:
         inputs["data.path"] = file_sha256(locate(config.data.path))
     if stage.reads_student:
-        inputs["model.path"] = _model_hash(config.model.path)
+        inputs["model.path"] = student or _model_hash(config.model.path)
     if stage.reads_teacher:
-        inputs["teacher.path"] = _model_hash(config.teacher.path or config.model.path)
+        self_taught = student if config.teacher.path is None else None
+        inputs["teacher.path"] = self_taught or _model_hash(config.teacher.path or config.model.path)
     if stage.reads_benchmarks:
         for benchmark in config.evaluate.benchmarks:
             if benchmark != "test":
@@ -104,29 +112,80 @@ def _outside(config: Config, stage: Stage) -> dict[str, str]:
     return inputs
 
 
-def folders(config: Config, run_dir: RunDir) -> Iterator[tuple[Stage, StageFolder]]:
-    """Every stage of this configuration with its folder and fingerprint. Fetches or makes models that are not there yet."""
-    fingerprints: dict[str, str] = {}
-    for stage in wanted(config):
-        inputs = {need: fingerprints[need] for need in stage.needs if need in fingerprints}
-        folder = StageFolder(
-            run_dir,
-            stage.name.replace("/", "-"),
-            run_dir.path / stage.folder,
-            _settings(config, stage.settings),
-            inputs | _outside(config, stage),
-            stage.kept,
-        )
-        fingerprints[stage.name] = folder.fingerprint
-        yield stage, folder
+@dataclass(frozen=True, eq=False)
+class Work:
+    """One stage in one round. config: its model.path is the round's student. run_dir: the round's view. needs: whose output it reads."""
+
+    name: str  # rollout; in a run of several rounds 1/rollout
+    stage: Stage
+    config: Config
+    run_dir: RunDir
+    folder: StageFolder
+    needs: tuple["Work", ...]
+
+    @property
+    def group(self) -> str:
+        """The name on the command line: train, or 1/train."""
+        return self.name.removesuffix(self.stage.name) + self.stage.group
+
+    def is_named(self, number: int | None, group: str) -> bool:
+        return self.stage.group == group and number in (None, self.run_dir.round)
 
 
-def _work(stage: Stage, config: Config, run_dir: RunDir, folder: Path, engines: Engines) -> dict[str, Any]:
-    if stage.generates:
-        return stage.run(config, run_dir, folder, engines)
-    if stage.name == "train":
+def works(config: Config, run_dir: RunDir) -> Iterator[Work]:
+    """Every stage of this configuration in every round, in order. Fetches or makes models that are not there yet."""
+    newest: dict[str, Work] = {}  # by stage
+    scored: list[Work] = []
+    for number in range(config.rounds):
+        view = run_dir.in_round(number, config.rounds)
+        student = newest.get("export/hf")  # None: the round starts from model.path
+        start = config if student is None else replace(config, model=replace(config.model, path=str(student.folder.folder.resolve())))
+        for stage in wanted(config):
+            if number not in stage.rounds_of(config):
+                continue
+            needs = [newest[need] for need in stage.needs if need in newest]
+            inputs = {need.stage.name: need.folder.fingerprint for need in needs}
+            if stage.rounds == "last":  # it shows the scores of every round
+                needs += scored[:-1]
+                inputs |= {need.name: need.folder.fingerprint for need in scored[:-1]}
+            inputs |= _outside(config, stage, student.folder.fingerprint if student else None)
+            if student and (stage.reads_student or stage.reads_teacher):
+                needs.append(student)
+            place = view.folder(stage.folder)
+            folder = StageFolder(run_dir, stage.name.replace("/", "-"), place, _settings(config, stage.settings), inputs, stage.kept)
+            several = config.rounds > 1 and stage.folder.split("/")[0] in IN_ROUND
+            name = f"{number}/{stage.name}" if several else stage.name
+            work = Work(name, stage, config if stage.rounds == "last" else start, view, folder, tuple(needs))
+            newest[stage.name] = work
+            if stage.name == "evaluate/student":
+                scored.append(work)
+            yield work
+
+
+def _read_name(name: str, config: Config) -> tuple[int | None, str]:
+    """(round, group) of a stage on the command line: train, or 1/train. Raises UserError if this configuration has no such stage."""
+    first, _, rest = name.partition("/")
+    number, group = (int(first), rest) if first.isdigit() else (None, name)
+    if group not in GROUPS:
+        raise UserError(f"no stage '{name}': stages are {', '.join(GROUPS)}")
+    stages = [stage for stage in wanted(config) if stage.group == group]
+    if not stages:
+        raise UserError(f"method={config.method.name} trains on y_o and has no stage {group}")
+    if number is not None and not any(number in stage.rounds_of(config) for stage in stages):
+        raise UserError(f"no stage '{name}': with rounds={config.rounds}, {group} is in round {_span(stages[-1].rounds_of(config))}")
+    return number, group
+
+
+def _span(numbers: range) -> str:
+    return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+
+
+def _do(work: Work, engines: Engines) -> dict[str, Any]:
+    if work.stage.generates:
+        return work.stage.run(work.config, work.run_dir, work.folder.folder, engines)
+    if work.stage.name == "train":
         engines.release()
-    return stage.run(config, run_dir, folder)
+    return work.stage.run(work.config, work.run_dir, work.folder.folder)
 
 
 def run(
@@ -136,53 +195,54 @@ def run(
     until: str | None = None,
     only: str | None = None,
     again: bool = False,
-    on_stage: Callable[[Stage, Manifest, bool], None] = lambda stage, manifest, skipped: None,
+    on_stage: Callable[[Work, Manifest, bool], None] = lambda work, manifest, skipped: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Runs what is not done yet, in order. until: stop after this stage. only: this stage alone, its inputs must be done.
-    again: also where it is done already.
+    """Runs what is not done yet, in order. until: stop after this stage, the first round's if it names none. only: this stage
+    alone, its inputs must be done; if it names no round, in every later one too whose inputs are. again: also where it is done already.
 
-    on_stage hears of each stage as it ends: (stage, manifest, whether it was skipped); say, of what happens to servers.
+    on_stage hears of each stage as it ends: (work, manifest, whether it was skipped); say, of what happens to servers.
     """
-    for name in (until, only):
-        if name is not None and name not in GROUPS:
-            raise UserError(f"no stage '{name}': stages are {', '.join(GROUPS)}")
-        if name is not None and name not in {stage.group for stage in wanted(config)}:
-            raise UserError(f"method={config.method.name} trains on y_o and has no stage {name}")
+    end, chosen = (None if name is None else _read_name(name, config) for name in (until, only))
     preflight.check_devices(config)
     preflight.check_inputs(config)
-    todo = list(folders(config, run_dir))
-    names = list(GROUPS)
-    trains = only in (None, "train") and (until is None or names.index(until) >= names.index("train"))
-    if trains and any(stage.name == "train" and (again or folder.state() != "done") for stage, folder in todo):
+    if run_dir.path.exists():
+        with run_dir.lock():
+            run_dir.gather_rounds(config.rounds)
+    todo = list(works(config, run_dir))
+    if end is not None:
+        named = [index for index, work in enumerate(todo) if work.is_named(*end)]
+        todo = todo[: 1 + max(index for index in named if todo[index].run_dir.round == todo[named[0]].run_dir.round)]
+    runs = [work for work in todo if chosen is None or work.is_named(*chosen)]
+    if any(work.stage.name == "train" and (again or work.folder.state() != "done") for work in runs):
         preflight.check_training(config)
     with run_dir.lock(), Engines(config, run_dir.path / "servers", say) as engines:
         run_dir.write_config(to_dict(config))
-        done: set[str] = set()
-        for stage, folder in todo:
-            if only is not None and stage.group != only:
+        done: set[Work] = set()
+        for work in todo:
+            stage, folder, view = work.stage, work.folder, work.run_dir
+            if work not in runs:
                 if folder.state() == "done":
                     folder.open()  # brings it back, if it lies in stale/
-                    done.add(stage.name)
+                    done.add(work)
                 continue
-            missing = [need for need in stage.needs if need not in done and any(s.name == need for s, _ in todo)]
+            missing = [need for need in work.needs if need not in done]
+            if missing and only is not None and view.round > runs[0].run_dir.round:
+                continue
             if missing:
-                raise UserError(
-                    f"stage {stage.name} reads {missing[0]}, which is not done: run it first (--until {missing[0].split('/')[0]})"
-                )
+                raise UserError(f"stage {work.name} reads {missing[0].name}, which is not done: run it first (--until {missing[0].group})")
             manifest = folder.open()
             skipped = manifest.status == "done" and not again
             if not skipped:
                 started = time.monotonic()
                 try:
-                    counts = _work(stage, config, run_dir, folder.folder, engines)
+                    counts = _do(work, engines)
                 except BaseException:
                     folder.pause(manifest, time.monotonic() - started)
                     raise
                 folder.close(manifest, counts, time.monotonic() - started)
-            done.add(stage.name)
+            done.add(work)
             if stage.group == "evaluate":
-                evaluate.write_summary(run_dir, {name.split("/")[1] for name in done if name.startswith("evaluate/")})
-            on_stage(stage, manifest, skipped)
-            if until is not None and stage.group == until and not any(s.group == until and s.name not in done for s, _ in todo):
-                return
+                models = {each.stage.name for each in done if each.stage.group == "evaluate" and each.run_dir.round == view.round}
+                evaluate.write_summary(view, {name.split("/")[1] for name in models})
+            on_stage(work, manifest, skipped)

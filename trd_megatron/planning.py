@@ -18,7 +18,7 @@ from trd_megatron.convert.architecture import Architecture
 from trd_megatron.errors import UserError
 from trd_megatron.learner.checkpoint_files import saved_steps
 from trd_megatron.learner.stack import precision
-from trd_megatron.pipeline import folders
+from trd_megatron.pipeline import works
 from trd_megatron.prompts import student_prompt
 from trd_megatron.run_dir import Manifest, RunDir, read_config
 from trd_megatron.stages import prepare
@@ -62,8 +62,8 @@ def tables(config: Config) -> Iterator[RenderableType]:
             resolve_model(path, download=False)
     preflight.check_inputs(config)
     stages = Table("stage", "state", "works with", title=f"{config.name} in {run_dir.path}")
-    for stage, folder in folders(config, run_dir):
-        stages.add_row(stage.name, MEANING[folder.state()], _settings_line(config, stage.name))
+    for work in works(config, run_dir):
+        stages.add_row(work.name, MEANING[work.folder.state()], _settings_line(config, work.stage.name))
     yield stages
     yield _needs(config, run_dir)
 
@@ -92,9 +92,9 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
     generating = (config.rollout, config.refine, config.evaluate)
     longest = max(section.max_prompt_tokens + section.max_response_tokens for section in generating)
     cache = 2 * teacher.num_layers * teacher.num_query_groups * teacher.head_dim * BYTES[engine.dtype] * longest * engine.batch_size
-    engine_bytes = max(student.parameter_count(), teacher.parameter_count()) * BYTES[engine.dtype] + cache
+    served = max(student.parameter_count(), teacher.parameter_count()) * BYTES[engine.dtype]
     checkpoints = learner.keep_checkpoints * trained * 12
-    disk = checkpoints + student.parameter_count() * 4 + (0 if full else trained * 4)
+    disk = config.rounds * (checkpoints + student.parameter_count() * 4 + (0 if full else trained * 4))
     place = run_dir.path
     while not place.exists():
         place = place.parent
@@ -121,17 +121,21 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
         f"at least {gib(learner_bytes)}",
         "weights, what is trained, optimizer, one chunk of logits; activations come on top",
     )
-    table.add_row(
-        "memory of the engine", f"at most {gib(engine_bytes)}", f"weights and the cache of {engine.batch_size} sequences of full length"
-    )
+    if engine.kind == "local":
+        note = f"weights and the cache of {engine.batch_size} sequences of full length"
+        table.add_row("memory of the engine", f"at most {gib(served + cache)}", note)
+    else:
+        note = "of all its GPUs, for the larger model's weights; the KV cache takes what SGLang leaves it (mem_fraction_static)"
+        table.add_row("memory of one server", f"at least {gib(served)}", note)
     if learner.device == "cuda":
         table.add_row("GPUs for the learner", f"{learner.ranks}", f"this machine has {torch.cuda.device_count()}")
     else:
         table.add_row("memory of this machine", gib(psutil.virtual_memory().total), f"{gib(psutil.virtual_memory().available)} available")
+    of_each = f" of each of {config.rounds} rounds" if config.rounds > 1 else ""
     table.add_row(
         "disk for the run",
         f"about {gib(disk)}",
-        f"{learner.keep_checkpoints} checkpoints and the exported model; {gib(free)} free at {place}",
+        f"{learner.keep_checkpoints} checkpoints and the exported model{of_each}; {gib(free)} free at {place}",
     )
     if disk > free:
         table.add_row(
@@ -143,13 +147,14 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
 
 
 def sample(config: Config) -> Text:
-    """One training sequence of the student: a real one where rollouts (and rewrites) are there, else a problem with its reference.
+    """One training sequence of the first round: a real one where rollouts (and rewrites) are there, else a problem with its reference.
 
     Raises UserError where even the problems would have to be downloaded first.
     """
-    run_dir = RunDir(config.run_dir, config.name)
+    run_dir = RunDir(config.run_dir, config.name).in_round(0, config.rounds)
     chat = Chat(resolve_model(config.model.path), config.data.prompt_format, config.student.chat_template_kwargs)
-    current = {stage.name for stage, folder in folders(config, run_dir) if folder.state() == "done" and folder.folder.exists()}
+    first = (work for work in works(config, run_dir) if work.run_dir.round == 0)
+    current = {work.stage.name for work in first if work.folder.state() == "done" and work.folder.folder.exists()}
     if {"prepare", "rollout", "refine" if config.method.trajectory == "refined" else "rollout"} <= current:
         row = build_samples(config, run_dir)[0][0]
         return coloured(chat, sequence(row["student_prompt_ids"], row["response_ids"]))
@@ -164,14 +169,15 @@ def status(run_path: Path) -> Table:
     """The stages of a run with counts and rates. Raises UserError if `run_path` is no run."""
     config = from_dict(read_config(run_path))
     table = Table("stage", "state", "done", "rate", "seconds", title=f"{config.name}, method {config.method.name}, in {run_path}")
-    for stage, folder in folders(config, RunDir(run_path, config.name)):
+    for work in works(config, RunDir(run_path, config.name)):
+        folder = work.folder
         manifest = Manifest.read(folder.folder)
         if manifest is None or manifest.fingerprint != folder.fingerprint:
             text = {"missing": "[dim]not begun[/dim]", "stale": "[yellow]made with other settings[/yellow]"}
-            table.add_row(stage.name, text.get(folder.state(), "[dim]in stale/[/dim]"), "", "", "")
+            table.add_row(work.name, text.get(folder.state(), "[dim]in stale/[/dim]"), "", "", "")
             continue
         state = "[green]done[/green]" if manifest.status == "done" else "[yellow]begun[/yellow]"
-        table.add_row(stage.name, state, *_progress(stage.name, folder.folder, manifest))
+        table.add_row(work.name, state, *_progress(work.stage.name, folder.folder, manifest))
     return table
 
 

@@ -18,8 +18,20 @@ from trd_megatron.learner.stack import Installed, check_shapes, choose
 def check_devices(config: Config) -> None:
     """Raises UserError if this machine has fewer GPUs than the configuration uses."""
     gpus = torch.cuda.device_count()
-    if config.engine.device == "cuda" and not gpus:
-        raise UserError("engine.device=cuda, but this machine has no usable GPU: set engine.device=cpu")
+    engine = config.engine
+    if engine.device == "cuda" and not gpus and (engine.kind == "local" or engine.launch):
+        way_out = (
+            "set engine.device=cpu" if engine.kind == "local" else "attach to servers elsewhere (engine.launch=false), or engine=sglang_cpu"
+        )
+        raise UserError(f"engine.device=cuda, but this machine has no usable GPU: {way_out}")
+    if engine.kind == "sglang" and engine.launch and engine.device == "cuda":
+        for role, servers in {"student": engine.student, "teacher": engine.teacher}.items():
+            last = max(servers.gpus, default=servers.data_parallel_size * servers.tensor_parallel_size - 1)
+            if last >= gpus and (role == "student" or config.teacher.path is not None):
+                raise UserError(
+                    f"engine.{role} wants GPU {last} (data_parallel_size x tensor_parallel_size, or gpus), but this machine has {gpus}, "
+                    "counted from 0: ask for fewer"
+                )
     ranks = config.learner.ranks
     if config.learner.device == "cuda" and gpus < ranks:
         raise UserError(

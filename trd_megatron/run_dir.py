@@ -7,6 +7,7 @@ on where it stopped; one with another fingerprint is moved to stale/, never dele
 """
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -28,6 +29,7 @@ from trd_megatron.errors import UserError
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+IN_ROUND = ("rollouts", "refined", "train", "adapter", "hf", "eval")  # folders that every round has
 RECORDED_VERSIONS = ("torch", "transformers", "megatron-core", "pyarrow", "math-verify")
 
 
@@ -109,7 +111,7 @@ class Manifest:
 
 
 class RunDir:
-    """The folder of a run.
+    """The folder of a run, and the view of one of its rounds: with several rounds the folders IN_ROUND lie in rounds/<round>/.
 
     Raises UserError if `path` is a file, holds something else than a run, or holds a run of another experiment.
     """
@@ -117,6 +119,7 @@ class RunDir:
     def __init__(self, path: str | Path, experiment: str) -> None:
         self.path = Path(path)
         self.round = 0
+        self._work = self.path  # where the folders IN_ROUND lie
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run_dir={self.path} is a file: choose another run_dir=PATH")
         if self.path.is_dir() and any(path.name != LOCK and not _is_temporary(path) for path in self.path.iterdir()):
@@ -127,15 +130,50 @@ class RunDir:
                 raise UserError(f"run_dir={self.path} holds a run of experiment '{held}', not '{experiment}': choose another run_dir=PATH")
 
     config_file = property(lambda self: self.path / "config.yaml")
-    problems = property(lambda self: self.path / "problems")
-    rollouts = property(lambda self: self.path / "rollouts")
-    refined = property(lambda self: self.path / "refined")
-    train = property(lambda self: self.path / "train")
-    checkpoints = property(lambda self: self.path / "train" / "checkpoints")
-    hf = property(lambda self: self.path / "hf")
-    eval = property(lambda self: self.path / "eval")
-    report = property(lambda self: self.path / "report")
+    problems = property(lambda self: self.folder("problems"))
+    rollouts = property(lambda self: self.folder("rollouts"))
+    refined = property(lambda self: self.folder("refined"))
+    train = property(lambda self: self.folder("train"))
+    checkpoints = property(lambda self: self.folder("train") / "checkpoints")
+    hf = property(lambda self: self.folder("hf"))
+    eval = property(lambda self: self.folder("eval"))
+    report = property(lambda self: self.folder("report"))
     stale = property(lambda self: self.path / "stale")
+
+    def folder(self, name: str) -> Path:
+        """A stage's folder in this view: problems, rollouts, eval/base, ..."""
+        top, _, _ = name.partition("/")
+        if top not in IN_ROUND:
+            return self.path / name
+        # Of a run that had one round, until gather_rounds moves it.
+        waits = self.round == 0 and not (self._work / top).exists() and (self.path / top).exists()
+        return (self.path if waits else self._work) / name
+
+    def in_round(self, number: int, rounds: int) -> "RunDir":
+        """The view of round `number`, from 0, in a run of so many rounds. A run that had several keeps rounds/ when it has one again."""
+        view = copy.copy(self)
+        view.round = number
+        view._work = self._rounds / str(number) if rounds > 1 or self._rounds.is_dir() else self.path
+        return view
+
+    _rounds = property(lambda self: self.path / "rounds")
+
+    def gather_rounds(self, rounds: int) -> None:
+        """Moves what was made with one round into rounds/0, where it belongs in a run of several. To be called under `lock`.
+
+        Each folder is renamed; a kill between two leaves the rest to the next call. Raises UserError if a folder is in both places.
+        """
+        first = self.in_round(0, rounds)._work
+        if first == self.path:
+            return
+        for name in IN_ROUND:
+            source, target = self.path / name, first / name
+            if not source.exists():
+                continue
+            if target.exists():
+                raise UserError(f"{source} and {target} are both there, and a run of several rounds has the second: move one away")
+            first.mkdir(parents=True, exist_ok=True)
+            source.rename(target)
 
     def write_config(self, config: dict[str, Any]) -> None:
         with atomic_write(self.config_file) as file:

@@ -177,17 +177,19 @@ def distance(got: cases.Steps, want: cases.Steps) -> dict[str, float]:
 def test_ten_steps_equal_transformers_and_peft(architecture: str, tmp_path: Path) -> None:
     student = tiny.make(architecture, tmp_path / "student")
     teacher = tiny.make(architecture, tmp_path / "teacher", seed=1, **TEACHER)
+    methods = METHODS if architecture == "qwen3" else ("trd",)  # the loss knows nothing of the architecture
     built: list[cases.Case] = [
         (f"{method} {mode}", config_of(method), random_samples(7), student, path)
-        for method in METHODS
+        for method in methods
         for mode, path in (("opsd", None), ("opd", teacher))
     ]
     some = replace(config_of("trd").learner.lora, targets=["q_proj", "v_proj", "down_proj"])
     built += [
         ("trd opsd, three targets", config_of("trd", lora=some), random_samples(7), student, None),
         ("trd opsd, every parameter", config_of("trd", trainable="full"), random_samples(7), student, None),
-        ("reverse_kl opd, every parameter", config_of("reverse_kl", trainable="full"), random_samples(7), student, teacher),
     ]
+    if architecture == "qwen3":
+        built.append(("reverse_kl opd, every parameter", config_of("reverse_kl", trainable="full"), random_samples(7), student, teacher))
     [ours] = run_ranks(1, cases.traced_steps, built, [(ONE, {})], RATES)[0]
     for case, got in zip(built, ours, strict=True):
         want = oracle_steps(case, got["adapters"][0])

@@ -204,10 +204,10 @@ def _hear_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _kill_at(run_dir: Path, reached: Callable[[Path], bool], sent: signal.Signals) -> int:
+def kill_at(run_dir: Path, reached: Callable[[Path], bool], sent: signal.Signals, *overrides: str) -> int:
     """Starts the run and kills it at the given moment. Returns its exit code."""
     process = subprocess.Popen(
-        command(run_dir, *SMALL_SHARDS), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=_hear_ctrl_c
+        command(run_dir, *SMALL_SHARDS, *overrides), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=_hear_ctrl_c
     )
     try:
         deadline = time.monotonic() + 120
@@ -237,7 +237,7 @@ def test_kill_9_in_every_stage_changes_nothing_in_the_end(whole: Path, tmp_path:
     run_dir = tmp_path / "killed"
     caught = set()
     for folder, reached in MOMENTS.items():
-        assert _kill_at(run_dir, reached, signal.SIGKILL) == -signal.SIGKILL
+        assert kill_at(run_dir, reached, signal.SIGKILL) == -signal.SIGKILL
         if manifest(run_dir, folder.split(",")[0])["status"] == "running":
             caught.add(folder)
         time.sleep(0.2)  # a process that was being started when its parent died
@@ -282,7 +282,7 @@ def test_modules_beside_the_user_do_not_reach_the_learner(copy: Path, tmp_path: 
 
 def test_ctrl_c_ends_with_130_and_one_line(tmp_path: Path) -> None:
     run_dir = tmp_path / "interrupted"
-    assert _kill_at(run_dir, MOMENTS["train"], signal.SIGINT) == 130
+    assert kill_at(run_dir, MOMENTS["train"], signal.SIGINT) == 130
     assert not list(_left_over(run_dir))
 
 

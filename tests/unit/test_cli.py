@@ -54,6 +54,30 @@ def test_help_and_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert trd("run", "--foo", monkeypatch=monkeypatch, capsys=capsys)[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--role", "teacher"), "--role teacher: in mode=opsd the student's servers refine too; there is only --role student"),
+        (("--host", "0.0.0.0"), "--host 0.0.0.0 can be reached from other machines: set SGLANG_API_KEY in the environment"),
+        (("engine.student.fp8=true",), "engine.student.fp8=true needs engine.device=cuda"),
+        (("engine.python=/no/python",), "engine.python=/no/python cannot be run (No such file or directory): `make sglang-cpu`"),
+    ],
+)
+def test_serve_refuses(
+    arguments: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.delenv("SGLANG_API_KEY", raising=False)
+    command = ("serve", "experiment=smoke", f"run_dir={tmp_path / 'run'}", *arguments)
+    code, _, err = trd(*command, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert err.splitlines()[-1].startswith(f"error: {message}"), err
+    assert not (tmp_path / "run").exists()
+
+
 def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = trd("doctor", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 0

@@ -19,6 +19,9 @@ METHODS = {  # RECIPE_FACTS: trajectory, divergence, clip, top-K, teacher prompt
 }
 
 
+ATTACHED = ["experiment=smoke", "engine.kind=sglang", "engine.student.urls=['http://127.0.0.1:30000']"]
+
+
 def refused(*overrides: str) -> str:
     with pytest.raises(UserError) as error:
         load(overrides)
@@ -132,6 +135,21 @@ def test_a_wrong_word_is_named_with_the_nearest_right_one(override: str, named: 
         (["experiment=smoke", "method.divergence.kind=jsd", "method.divergence.top_k=4"], r"jsd"),
         (["experiment=smoke", "export.checkpoint=newest"], r"export\.checkpoint=newest"),
         (["experiment=smoke", "evaluate.benchmarks=[test,a/x.jsonl,b/x.jsonl]"], r"two benchmarks named 'x'"),
+        (["experiment=smoke", "rounds=0"], r"rounds=0"),
+        (["experiment=smoke", "task=code"], r"evaluate\.benchmarks=\[\]"),
+        (["experiment=smoke", "engine.launch=true"], r"engine\.kind=sglang"),
+        ([*ATTACHED[:2]], r"engine\.student\.urls is empty"),
+        ([*ATTACHED, "engine.launch=true"], r"engine\.student\.urls names servers"),
+        ([*ATTACHED, "mode=opd", "teacher.path=builtin:tiny-qwen3-teacher"], r"engine\.teacher\.urls is empty"),
+        ([*ATTACHED[:2], "engine.student.urls=[localhost:30000]"], r"'localhost:30000' is no URL"),
+        ([*ATTACHED[:2], "engine.student.urls=['http://a:1','http://a:1']"], r"names a server twice"),
+        ([*ATTACHED, "engine.student.mem_fraction_static=1"], r"mem_fraction_static=1"),
+        ([*ATTACHED, "engine.student.fp8=true"], r"engine\.student\.fp8=true needs engine\.device=cuda"),
+        ([*ATTACHED, "engine.student.extra_args=['--port=1']"], r"--port is set by another key"),
+        ([*ATTACHED, "engine.deterministic=true"], r"engine\.deterministic=true needs"),
+        ([*ATTACHED, "engine.attempts=0"], r"engine\.attempts=0"),
+        (["experiment=opsd_qwen3_8b", "engine.student.gpus=[0,1]"], r"names 2 GPUs, but .* needs 8"),
+        (["experiment=single_gpu", "engine.keep_servers=true"], r"GPU 0 is wanted by the learner and by engine\.student"),
         (["experiment=smoke", "seed=[1"], r"cannot read 'seed=\[1'"),
     ],
 )

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from trd_megatron.config import Config, DataConfig, EvaluateConfig, MethodConfig
 from trd_megatron.errors import UserError
 from trd_megatron.records import PROBLEM, REFINED, TRAJECTORY
 from trd_megatron.report import html, plots, tables
-from trd_megatron.run_dir import Manifest, RunDir, shard_path, write_json, write_parquet
+from trd_megatron.run_dir import IN_ROUND, Manifest, RunDir, shard_path, write_json, write_parquet
 from trd_megatron.stages import report
 
 SCRIPT = "<script>alert(1)</script>"
@@ -342,3 +343,43 @@ def test_number_formats() -> None:
     assert [html.duration(x) for x in (8.25, 185, 7620, None)] == ["8.2 s", "3 min 05 s", "2 h 07 min", "—"]
     assert [html.minute(x) for x in ("2025-01-31T08:15:30Z", "")] == ["2025-01-31 08:15", "—"]
     assert [html.setting(x) for x in ("a", None, True, [1], 5e-6)] == ["a", "null", "true", "[1]", "5e-06"]
+
+
+def test_rounds_are_compared_and_the_last_is_shown(tmp_path: Path) -> None:
+    config, run_dir = make_run(tmp_path / "run")
+    assert "rounds" not in written(config, run_dir)[0]
+    config.rounds = 2
+    for name in ("rounds/0", "rounds/1"):
+        for folder in set(IN_ROUND) - {"adapter"}:
+            shutil.copytree(run_dir.path / folder, run_dir.path / name / folder)
+    for folder in set(IN_ROUND) - {"adapter"}:
+        shutil.rmtree(run_dir.path / folder)
+    second = run_dir.in_round(1, 2)
+    shutil.rmtree(second.eval / "base")
+    rows = [row("p0", 0, True, 10, "better"), row("p1", 0, True, 10, "better")]
+    for path in second.rollouts.glob("part-*"):
+        path.unlink()
+    write_parquet(shard_path(second.rollouts, 0), rows, TRAJECTORY)
+    refined = [one | {"initial_response": "better", "initial_passed": True, "passed": one["problem_id"] == "p0"} for one in rows]
+    write_parquet(shard_path(second.refined, 0), refined, REFINED)
+    better = [row(f"t{problem}", sample, True, 5 + sample, SCRIPT) for problem in range(2) for sample in range(2)]
+    write_parquet(second.eval / "student/test.parquet", better, TRAJECTORY)
+    summary = json.loads((second.train / "summary.json").read_text())
+    write_json(second.train / "summary.json", summary | {"kl_fixed_batch_after": 0.25})
+
+    figures, page, _ = written(config, second)
+    first, last = figures["rounds"]
+    assert (first["rollout_pass_rate"], last["rollout_pass_rate"]) == (50, 100)
+    assert (first["refined_pass_rate"], last["refined_pass_rate"]) == (pytest.approx(100 * 4 / 6), 50)
+    assert (first["kl_fixed_batch"]["after"], last["kl_fixed_batch"]["after"]) == (0.375, 0.25)
+    assert first["benchmarks"] == {"test": {"avg_at_k": 75, "pass_at_k": 100}}
+    assert last["benchmarks"] == {"test": {"avg_at_k": 100, "pass_at_k": 100}}
+    assert figures["kl_fixed_batch"]["after"] == 0.25
+    [line] = figures["benchmarks"]
+    assert (line["base"]["avg_at_k"], line["method"]["avg_at_k"]) == (25, 100)
+    names = [line["stage"] for line in figures["stages"]]
+    assert names[:2] == ["prepare", "0/rollout"] and "1/train" in names and "1/evaluate/base" not in names
+    assert all(line["status"] == "done" for line in figures["stages"])
+    Page(page)
+    assert "<h2>Rounds</h2>" in page
+    assert "in the last of 2 rounds" in page

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+API_KEY = "SGLANG_API_KEY"  # environment variable: the key of SGLang servers
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -68,7 +69,11 @@ class Engine(Protocol):
     """Draws responses for shards of requests. A shard is the unit in which results are stored."""
 
     name: str
-    facts: dict[str, Any]  # what a manifest should say of it, besides the configuration
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a manifest should say of it, besides the configuration."""
+        ...
 
     def generate(
         self,

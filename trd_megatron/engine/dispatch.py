@@ -163,8 +163,8 @@ class Job:
         if needed > server.facts.context:
             raise UserError(
                 f"{server.url} has room for {server.facts.context} tokens, the longest prompt ({self._longest_prompt}) and "
-                f"{self._sampling.max_new_tokens} new tokens need {needed}: start it with a larger engine.<student|teacher>.context_length "
-                "(and memory for it), or lower max_prompt_tokens and max_response_tokens"
+                f"{self._sampling.max_new_tokens} new tokens need {needed}: raise engine.{self._fleet.role}.context_length "
+                "(and the memory for it), or lower max_prompt_tokens and max_response_tokens"
             )
 
     def _set(self, shard: Shard, place: int, result: Result) -> None:

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Literal
 
 from trd_megatron.builtin_models import model_fingerprint, resolve_model
 from trd_megatron.config import Config
-from trd_megatron.engine.base import Engine, Weights
+from trd_megatron.engine.base import API_KEY, Engine, Weights
 from trd_megatron.run_dir import RunDir
 
 if TYPE_CHECKING:
     from trd_megatron.engine.server import LaunchedServers
 
-API_KEY = "SGLANG_API_KEY"  # environment variable
 Role = Literal["student", "teacher"]
 
 
@@ -37,11 +36,14 @@ def trained_weights(run_dir: RunDir) -> Weights:
     return weights_of(run_dir.hf, run_dir.round + 1)
 
 
+def teacher_version(config: Config, run_dir: RunDir) -> int:
+    """A teacher of its own never changes; in OPSD it is the round's student."""
+    return 0 if config.teacher.path else run_dir.round
+
+
 def teacher_weights(config: Config, run_dir: RunDir) -> Weights:
     """OPD: the fixed teacher. OPSD: the weights that the round starts with."""
-    if config.teacher.path is None:
-        return student_weights(config, run_dir)
-    return weights_of(resolve_model(config.teacher.path), 0)
+    return weights_of(resolve_model(config.teacher.path or config.model.path), teacher_version(config, run_dir))
 
 
 class Engines:
@@ -59,10 +61,6 @@ class Engines:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop(list(self._launched))
-
-    def opener(self, role: Role, weights: Weights) -> Callable[[Path], Engine]:
-        """`open` for these weights, still to be given the path of a journal."""
-        return lambda journal: self.open(role, weights, journal)
 
     def open(self, role: Role, weights: Weights, journal: Path) -> Engine:
         """An engine that serves `weights`.
@@ -92,6 +90,7 @@ class Engines:
             may_update=role == "student",
             say=self._say,
             api_key=os.environ.get(API_KEY),
+            check=self._launched[role].check if engine.launch else None,
         )
 
     def release(self) -> None:

@@ -64,7 +64,7 @@ class Fleet:
         fail: Callable[[BaseException], None],
     ) -> None:
         self._urls, self._admission, self.options, self._api_key = list(urls), admission, options, api_key
-        self.say, self.fail = say, fail
+        self.say, self.fail, self.role = say, fail, admission.role
         self.servers: list[Server] = []
         self.job: Job | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -147,11 +147,11 @@ class Fleet:
                     timeout_s = max(options.health_timeout_s - options.health_interval_s, options.health_timeout_s / 2)
                     await self._admission.healthy(server.link, server.facts.is_router, timeout_s)
                     return True
-                except NotReadyError as error:  # it answers: one bad answer can be a hiccup
-                    if attempt:
+                except NotReadyError as error:  # one bad answer that comes at once can be a hiccup
+                    if attempt or loop.time() - start > options.health_interval_s:
                         self.take_out(server, str(error), lost=True)
-                    else:
-                        await asyncio.sleep(min(1.0, options.health_interval_s))
+                        break
+                    await asyncio.sleep(min(1.0, options.health_interval_s))
                 except SlowError as error:
                     if server.last_answer > start:  # it works, only not on this
                         return True
@@ -218,12 +218,12 @@ class Fleet:
             reasons = "; ".join(f"{s.url}: {'it refuses all requests' if s.healthy else s.reason}" for s in self.servers)
             if now - since > self.options.give_up_after_s:
                 raise EngineFailedError(
-                    f"no healthy server of the {self._admission.role} for {self.options.give_up_after_s:g} s ({reasons}). "
+                    f"no healthy server of the {self.role} for {self.options.give_up_after_s:g} s ({reasons}). "
                     "What was finished is kept: see to the servers and run again"
                 )
             if now - said >= _SAY_EVERY_S:
                 said = now
-                self.say(f"no healthy server of the {self._admission.role} for {now - since:.0f} s ({reasons})")
+                self.say(f"no healthy server of the {self.role} for {now - since:.0f} s ({reasons})")
 
     def wrong_weights(self, server: Server, reason: str) -> None:
         """An answer came from other weights: the server is out until they are right."""

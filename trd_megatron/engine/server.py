@@ -1,7 +1,7 @@
 """Starts SGLang servers, watches them, starts those again that end, stops them."""
 
+import contextlib
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ GIVE_UP_AFTER = 5  # deaths in a row, without being healthy in between
 BACKOFF_S, MAX_BACKOFF_S = 1.0, 60.0  # doubled from death to death
 PORT_TRIES = 5
 LOOK_EVERY_S = 0.25
+TERM_S = 15.0  # cuda: for a server to give GPU memory back; SGLang takes 4 s idle and up to 11 s with requests running
 _list_lock = threading.Lock()  # student's and teacher's servers stand in one list
 
 
@@ -45,8 +46,8 @@ class LaunchedServers:
         ports: Sequence[int] | None = None,
         api_key: str | None = None,
     ) -> None:
-        self.role, self.logs, self.failed = role, logs, None  # type: ignore[assignment]
-        self.failed: EngineFailedError | UserError | None
+        self.role, self.logs = role, logs
+        self.failed: EngineFailedError | UserError | None = None
         self._weights, self._engine, self._say = weights, engine, say
         self._host, self._ports, self._key = host, ports, api_key
         self._settings: ServersConfig = getattr(engine, role)
@@ -94,10 +95,10 @@ class LaunchedServers:
             self._gpus(index)  # fails here if there are too few
         self.logs.mkdir(parents=True, exist_ok=True)
         ports = self._ports or [0] * self._settings.data_parallel_size
-        self._servers = [
-            Server(index, self._host, reserve_port(self._host, ports[index]), self.logs / f"{self.role}-{index}.log")
-            for index in range(self._settings.data_parallel_size)
-        ]
+        with contextlib.ExitStack() as on_error:
+            kept = [on_error.enter_context(reserve_port(self._host, port)) for port in ports]
+            on_error.pop_all()
+        self._servers = [Server(i, self._host, port, self.logs / f"{self.role}-{i}.log") for i, port in enumerate(kept)]
         self._stopping.clear()
         self._began, self.failed = False, None
         self._thread = threading.Thread(target=self._watch, name=f"{self.role} servers", daemon=True)
@@ -121,9 +122,10 @@ class LaunchedServers:
             raise
         finally:
             try:
-                end_groups(self._servers)
+                end_groups(self._servers, TERM_S if self._engine.device == "cuda" else 0)
             finally:
                 for server in self._servers:
+                    server.state = "waiting"
                     server.kept_port.close()
                 self._write_list(running=False)
 
@@ -137,18 +139,21 @@ class LaunchedServers:
             return
         code = server.exit_code()
         if code is not None:
-            server.end()  # its scheduler may hang on
+            end_groups([server], term_s=0)  # its scheduler may hang on
             self._died(server, f"ended with {_how(code)}")
         elif server.state == "starting":
             if server.weights != self._weights:
-                server.end()
+                end_groups([server], term_s=0)
                 self._spawn(server)
             elif server.is_healthy():
                 server.state, server.failures = "healthy", 0
                 if self._began:
                     self._say(f"{self.role} server {server.url} is healthy again, {time.monotonic() - server.began:.0f} s after its start")
+            elif server.port_was_taken():
+                end_groups([server], term_s=0)
+                self._died(server, "found its port taken")
             elif now - server.began > self._engine.start_timeout_s:
-                server.end()
+                end_groups([server], term_s=0)
                 self._died(server, f"was not healthy within engine.start_timeout_s={self._engine.start_timeout_s:g}")
 
     def _spawn(self, server: Server) -> None:
@@ -169,7 +174,7 @@ class LaunchedServers:
         if not self._began and not was_healthy:
             if self._ports is None and server.failures <= PORT_TRIES and server.port_was_taken():
                 server.kept_port.close()
-                server.kept_port = reserve_port(server.host, 0)
+                server.keep(reserve_port(server.host, 0))
                 return
             raise _first_failure(self.role, what)
         if server.failures >= GIVE_UP_AFTER:
@@ -191,7 +196,7 @@ class LaunchedServers:
             for server in self._servers if running else []:
                 if server.process is not None:
                     pid, started = server.process.pid, server.started_at
-                    rows.append({"role": self.role, "url": server.url, "pid": pid, "started": started, "log": str(server.log)})
+                    rows.append({"role": self.role, "url": server.url, "pid": pid, "started": started, "log": str(server.log.absolute())})
             write_json(path, rows)
 
 

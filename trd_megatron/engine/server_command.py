@@ -17,7 +17,7 @@ from trd_megatron.errors import UserError
 LAUNCHER = Path(__file__).with_name("launch_sglang.py")
 VENV_PYTHON = Path(".venv-sglang/bin/python")  # what `make sglang-cpu` builds
 CPU_SEQUENCES = 8  # of the whole context that a CPU server's KV cache holds, where that takes no more than
-CPU_KV_BYTES = 2 << 30
+CPU_KV_BYTES = 1 << 30  # taken at the start, whatever is used of it
 CPU_MEM_FRACTION = 0.3
 # Whoever sends requests needs none of these, and logs and crash reports of a server may show its environment.
 SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$)")

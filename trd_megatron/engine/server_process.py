@@ -21,7 +21,6 @@ from trd_megatron.engine.base import Weights
 from trd_megatron.errors import UserError
 
 HEALTH_TIMEOUT_S = 5.0
-TERM_S = 15.0  # for a server to end what it is doing; SGLang takes 4 s idle and up to 11 s with requests running
 KILL_S = 10.0
 ANY_HOST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 # Not through a proxy that the user's environment names.
@@ -39,9 +38,11 @@ def reserve_port(host: str, port: int) -> socket.socket:
     kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         kept.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         kept.close()
-        raise UserError(f"cannot serve at {host}:{port} ({error.strerror}): choose another --port or --host") from None
+        raise UserError(
+            f"cannot serve at {host}:{port} ({getattr(error, 'strerror', None) or error}): choose another --port or --host"
+        ) from None
     return kept
 
 
@@ -70,12 +71,16 @@ class Server:
     began: float = 0.0  # monotonic: of the last start
     started_at: str = ""
     process: subprocess.Popen[bytes] | None = None
+    port: int = field(init=False)
     _log_start: int = 0
     _copier: threading.Thread | None = field(default=None, repr=False)
 
-    @property
-    def port(self) -> int:
-        return int(self.kept_port.getsockname()[1])
+    def __post_init__(self) -> None:
+        self.keep(self.kept_port)
+
+    def keep(self, port: socket.socket) -> None:
+        """Takes a reserved port."""
+        self.kept_port, self.port = port, int(port.getsockname()[1])
 
     @property
     def url(self) -> str:
@@ -131,7 +136,7 @@ class Server:
 
     def last_words(self) -> list[str]:
         """What it has written since its last start."""
-        if self._copier is not None:
+        if self._copier is not None and self.process is None:
             self._copier.join(timeout=5)  # what is left in the pipe
         with self.log.open("rb") as log:
             log.seek(self._log_start)
@@ -145,32 +150,40 @@ class Server:
         return (first_hand or errors or lines or ["it wrote nothing"])[-1][:400]
 
     def port_was_taken(self) -> bool:
+        """Whether it says so; SGLang does not end then."""
         return any(_PORT_TAKEN.search(line) for line in self.last_words())
 
-    def signal_group(self, number: int) -> None:
-        if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
+    def signal(self, number: int) -> None:
+        """To the server itself, which ends its own processes."""
+        assert self.process is not None
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(number)
 
-    def end(self) -> None:
-        """Kills what is left of the group at once."""
-        end_groups([self], term_s=0)
+    def is_gone(self) -> bool:
+        """Whether no process of the group is left. Kills those that have lost the server itself."""
+        assert self.process is not None
+        if self.exit_code() is None:
+            return False
+        if not group_members(self.process.pid):
+            return True
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return False
 
 
-def end_groups(servers: Sequence[Server], term_s: float = TERM_S) -> None:
-    """SIGTERM to all, then SIGKILL to those that have not gone after `term_s`. Raises RuntimeError if one outlives that too."""
+def end_groups(servers: Sequence[Server], term_s: float) -> None:
+    """SIGTERM, so that SGLang gives GPU memory back in order; after `term_s` (0: at once) SIGKILL. Returns when nothing is left of
+    the groups. Raises RuntimeError if something outlives SIGKILL."""
     left = [server for server in servers if server.process is not None]
     for number, seconds in ((signal.SIGTERM, term_s), (signal.SIGKILL, KILL_S)):
         if seconds == 0:
             continue
         for server in left:
-            server.signal_group(number)
+            server.signal(number)
         deadline = time.monotonic() + seconds
-        while left:
-            left = [server for server in left if server.exit_code() is None or group_members(server.process.pid)]  # type: ignore[union-attr]
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
+        while left and time.monotonic() < deadline:
+            left = [server for server in left if not server.is_gone()]
+            time.sleep(0.05 if left else 0)
     if left:
         raise RuntimeError(f"processes of {', '.join(server.url for server in left)} do not end, even on SIGKILL")
     for server in servers:

@@ -18,6 +18,7 @@ from trd_megatron.engine.journal import Journal
 from trd_megatron.errors import UserError
 
 _SYNC_EVERY_S = 1.0
+_CHECK_EVERY_S = 1.0
 _SPARE_FILES = 256  # of the process, beside the connections
 
 _Event = tuple["asyncio.Task[None] | None", str, Any]  # the job it belongs to, kind, value
@@ -29,7 +30,7 @@ class SGLangEngine:
     Waits until every server was looked at and one is ready; the others join when they are. may_update: servers with other
     weights get the right ones from disk (the student's); else they are an error. journal: the file that finished samples go
     to as they finish and are read back from; delete it when they are stored. say: told, in the caller's thread, what the
-    user should know. One generate() at a time.
+    user should know. check: raises, in the caller's thread, once waiting for servers has no point any more. One generate() at a time.
 
     Raises UserError if a server, the model folder or the journal is not what it must be, EngineFailedError if no server is
     healthy for give_up_after_s.
@@ -47,9 +48,10 @@ class SGLangEngine:
         may_update: bool,
         say: Callable[[str], None],
         api_key: str | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
         _allow_files(options.max_outstanding * len(urls))
-        self._weights, self._say = weights, say
+        self._weights, self._say, self._check = weights, say, check
         self._vocab_size = vocab_size(weights.path)
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._closed = False
@@ -119,12 +121,19 @@ class SGLangEngine:
         self._thread.join()
         self._loop.close()
         self._journal.close()
-        self._put_error(RuntimeError("the engine is closed"))
+        self._put_message("closed")  # wakes a generate() that waits
 
     def _until(self, last: str, job: "asyncio.Task[None]") -> Iterator[tuple[str, Any]]:
         """Events of `job`, until the one called `last`; tells the user what is to be told, raises what went wrong."""
         while True:
-            source, kind, value = self._events.get()
+            try:
+                source, kind, value = self._events.get(timeout=_CHECK_EVERY_S)
+            except queue.Empty:
+                if self._check is not None:
+                    self._check()
+                continue
+            if self._closed:
+                raise RuntimeError("the engine is closed")
             if kind == "say":
                 self._say(value)
             elif kind == "error":
@@ -160,6 +169,8 @@ class SGLangEngine:
 
     def _put_error(self, error: BaseException) -> None:
         self._failure = self._failure or error
+        if self._job is not None:
+            self._job.cancel()
         self._events.put((None, "error", error))
 
     async def _open(self) -> None:

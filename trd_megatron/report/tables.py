@@ -100,6 +100,19 @@ def kl_change(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {"before": before, "after": after, "change_percent": percent(after - before, before)}
 
 
+def one_round(
+    number: int, rollouts: Sequence[Row], refined: Sequence[Row] | None, summary: Mapping[str, Any], benchmarks: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """One line of the table of rounds. benchmarks: the `benchmark` lines of the round's student."""
+    return {
+        "round": number,
+        "rollout_pass_rate": describe(rollouts)["pass_rate"],
+        "refined_pass_rate": None if refined is None else describe(refined)["pass_rate"],
+        "kl_fixed_batch": kl_change(summary),
+        "benchmarks": {line["benchmark"]: {name: line["method"][name] for name in ("avg_at_k", "pass_at_k")} for line in benchmarks},
+    }
+
+
 def outcome(before: bool | None, after: bool | None) -> str:
     """One of OUTCOMES."""
     if before is None or after is None:

@@ -1,4 +1,4 @@
-"""Avg@k and Pass@k of the base model and of the trained student on the same problems, with the same seeds."""
+"""Avg@k and Pass@k of the base model and of the trained student on the same problems, with the same seeds in every round."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ from trd_megatron.evaluate import avg_at_k, pass_at_k
 from trd_megatron.records import PROBLEM, TRAJECTORY
 from trd_megatron.run_dir import Manifest, RunDir, merge_shards, write_json
 from trd_megatron.stages import prepare
-from trd_megatron.stages.generate import counts, generate, graded_columns
+from trd_megatron.stages.generate import Author, check_version, counts, generate, graded_columns
 from trd_megatron.stages.rollout import student_tasks
 
 
@@ -36,7 +36,7 @@ def run_student(config: Config, run_dir: RunDir, folder: Path, engines: Engines)
 def _run(config: Config, run_dir: RunDir, folder: Path, engines: Engines, weights: Weights, name: str) -> dict[str, Any]:
     settings = config.evaluate
     chat = Chat(weights.path, config.data.prompt_format, config.student.chat_template_kwargs)
-    open_engine = engines.opener("student", weights)
+    author = Author("student", weights, name, chat)
     figures: dict[str, Any] = {}
     for benchmark in settings.benchmarks:
         target = folder / f"{benchmark_name(benchmark)}.parquet"
@@ -45,9 +45,10 @@ def _run(config: Config, run_dir: RunDir, folder: Path, engines: Engines, weight
         tasks, skipped = student_tasks(chat, problems, settings.samples, settings.max_prompt_tokens, "evaluate.max_prompt_tokens")
         if not target.exists():
             parts.mkdir(exist_ok=True)
-            generate(config, "evaluate", parts, tasks, settings, settings.shard_size, TRAJECTORY, open_engine, name, chat)
+            generate(config, "evaluate", parts, tasks, settings, settings.shard_size, TRAJECTORY, engines, author)
             merge_shards(parts, target, TRAJECTORY)
         shutil.rmtree(parts, ignore_errors=True)
+        check_version(target, TRAJECTORY, weights.version)
         table = graded_columns(target, TRAJECTORY)
         figures[target.stem] = scores(table) | counts(table) | {"skipped_over_budget": skipped}
     return figures

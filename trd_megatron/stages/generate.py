@@ -2,7 +2,7 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +13,15 @@ import pyarrow.compute as pc
 
 from trd_megatron.chat import Chat
 from trd_megatron.config import Config, SamplingConfig
-from trd_megatron.engine.base import Engine, Generation, Request, SamplingParams
+from trd_megatron.engine.base import EngineFailedError, Generation, Request, SamplingParams, Weights
+from trd_megatron.engine.engines import Engines, Role
 from trd_megatron.errors import UserError
 from trd_megatron.progress import bar
-from trd_megatron.run_dir import digest, read_columns, shard_path, write_parquet
+from trd_megatron.run_dir import digest, read_columns, read_shards, shard_path, write_parquet
 from trd_megatron.verify import MathVerifier, Verdict
 
 JOURNAL = ".finished"  # in a stage's folder: samples that an engine has finished, of shards that it has not
 GRADED_COLUMNS = ("problem_id", "sample_index", "finish_reason", "passed", "verdict", "response_ids")
-
-OpenEngine = Callable[[Path], Engine]  # from the path of the journal
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,24 @@ class Task:
         return self.problem["problem_id"], self.sample_index
 
 
+@dataclass(frozen=True)
+class Author:
+    """Who responds: the engines of a role with these weights. name: how rows call the model. chat: its tokenizer."""
+
+    role: Role
+    weights: Weights
+    name: str
+    chat: Chat
+
+
 def packed(ids: list[int]) -> "array[int]":
     """The same ids in 4 bytes each: a list of Python integers takes 36."""
     return array("i", ids)
+
+
+def seed_name(stage: str, round: int) -> str:
+    """What the seeds of rollout and refine are drawn from, so that every round has its own."""
+    return f"{round}/{stage}" if round else stage
 
 
 def sample_seed(seed: int, stage: str, problem_id: str, sample_index: int) -> int:
@@ -58,15 +72,17 @@ def generate(
     sampling: SamplingConfig,
     shard_size: int,
     schema: pa.Schema,
-    open_engine: OpenEngine,
-    model_name: str,
-    chat: Chat,
+    engines: Engines,
+    author: Author,
 ) -> dict[str, Any]:
     """Fills `folder` with part-*.parquet; shards that are there already are kept. Returns the counts of all of them.
+    stage: what the seeds are drawn from.
 
-    The engine is opened only if something is left to draw. Raises UserError if an existing shard is damaged or belongs to other
-    tasks, and what the engine raises; what it had finished by then is kept.
+    The engine is opened only if something is left to draw. Raises UserError if an existing shard is damaged, belongs to other tasks
+    or was drawn from other weights, EngineFailedError if the engine draws from other weights, and what the engine itself raises;
+    what it had finished by then is kept.
     """
+    version, chat = author.weights.version, author.chat
     shards = [tasks[start : start + shard_size] for start in range(0, len(tasks), shard_size)]
     pending = [index for index in range(len(shards)) if not shard_path(folder, index).exists()]
     facts: dict[str, Any] = {}
@@ -74,17 +90,22 @@ def generate(
         params = SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_response_tokens)
         requests = [[Request(task.prompt_ids, sample_seed(config.seed, stage, *task.key)) for task in shards[index]] for index in pending]
         with (
-            closing(open_engine(folder / JOURNAL)) as engine,
+            closing(engines.open(author.role, author.weights, folder / JOURNAL)) as engine,
             MathVerifier(config.verify.workers, config.verify.timeout_s) as verifier,
             bar(stage, len(tasks), "samples", start=len(tasks) - sum(map(len, requests))) as progress,
         ):
             facts = engine.facts
             for position, generations in engine.generate(requests, params, progress.tokens):
                 shard = shards[pending[position]]
+                for generation in generations:
+                    if generation.weight_version != version:
+                        raise EngineFailedError(
+                            f"{stage}: a sample was drawn from weights {generation.weight_version}, not {version}; it is not kept"
+                        )
                 texts = [chat.decode(list(generation.token_ids)) for generation in generations]
                 verdicts = _grade(verifier, shard, generations, texts)
                 rows = [
-                    _row(chat, task, request.seed, generation, text, verdict) | {"model": model_name, "engine": engine.name}
+                    _row(chat, task, request.seed, generation, text, verdict) | {"model": author.name, "engine": engine.name}
                     for task, request, generation, text, verdict in zip(
                         shard, requests[position], generations, texts, verdicts, strict=True
                     )
@@ -92,7 +113,7 @@ def generate(
                 write_parquet(shard_path(folder, pending[position]), rows, schema)
                 progress.advance(len(rows))
     (folder / JOURNAL).unlink(missing_ok=True)  # every shard holds its samples now
-    table = pa.concat_tables([_checked(folder, index, shard, schema) for index, shard in enumerate(shards)])
+    table = pa.concat_tables([_checked(folder, index, shard, schema, version) for index, shard in enumerate(shards)])
     return counts(table) | ({"engine": facts} if facts else {})
 
 
@@ -128,14 +149,29 @@ def _row(chat: Chat, task: Task, seed: int, generation: Generation, text: str, v
     }
 
 
-def _checked(folder: Path, index: int, shard: list[Task], schema: pa.Schema) -> pa.Table:
-    """The graded columns of a shard, without the ids. Raises UserError unless it holds exactly these tasks."""
+def _checked(folder: Path, index: int, shard: list[Task], schema: pa.Schema, version: int) -> pa.Table:
+    """The graded columns of a shard, without the ids. Raises UserError unless it holds exactly these tasks, of these weights."""
     path = shard_path(folder, index)
+    check_version(path, schema, version)
     table = graded_columns(path, schema)
     keys = list(zip(table["problem_id"].to_pylist(), table["sample_index"].to_pylist(), strict=True))
     if keys != [task.key for task in shard]:
         raise UserError(f"{path} holds other samples than this run's: delete it and run again")
     return table
+
+
+def check_version(path: Path, schema: pa.Schema, version: int) -> None:
+    """Raises UserError if a sample of the file was drawn from weights of another version."""
+    found = pc.unique(read_columns(path, schema, ["weight_version"])["weight_version"]).to_pylist()
+    if found != [version]:
+        raise UserError(f"{path} holds samples of weights {', '.join(map(str, found))}, not of {version}: move it away and run again")
+
+
+def drawn(folder: Path, schema: pa.Schema, version: int) -> list[dict[str, Any]]:
+    """The trajectories of all shards of a folder. Raises UserError if one was drawn from weights of another version."""
+    for path in sorted(folder.glob("part-*.parquet")):
+        check_version(path, schema, version)
+    return read_shards(folder, schema)
 
 
 def graded_columns(path: Path, schema: pa.Schema) -> pa.Table:

@@ -8,9 +8,9 @@ from trd_megatron.config import Config
 from trd_megatron.engine.engines import Engines, teacher_weights
 from trd_megatron.errors import UserError
 from trd_megatron.records import REFINED, TRAJECTORY
-from trd_megatron.run_dir import RunDir, read_shards
+from trd_megatron.run_dir import RunDir
 from trd_megatron.stages import prepare
-from trd_megatron.stages.generate import Task, generate, packed
+from trd_megatron.stages.generate import Author, Task, drawn, generate, packed, seed_name
 
 
 def run(config: Config, run_dir: RunDir, folder: Path, engines: Engines) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def run(config: Config, run_dir: RunDir, folder: Path, engines: Engines) -> dict
     chat = Chat(weights.path, config.data.prompt_format, config.teacher.chat_template_kwargs)
     problems = prepare.read(run_dir)
     tasks, aborted, over = [], 0, 0
-    for row in read_shards(run_dir.rollouts, TRAJECTORY):
+    for row in drawn(run_dir.rollouts, TRAJECTORY, run_dir.round):
         problem = problems[row["problem_id"]]
         if row["finish_reason"] == "abort":
             aborted += 1
@@ -33,6 +33,7 @@ def run(config: Config, run_dir: RunDir, folder: Path, engines: Engines) -> dict
         tasks.append(Task(problem, row["sample_index"], None, packed(ids), extra))
     if not tasks:
         raise UserError(f"no rollout can be refined: {over} prompts are over refine.max_prompt_tokens={config.refine.max_prompt_tokens}")
-    open_engine = engines.opener("teacher" if config.teacher.path else "student", weights)
-    figures = generate(config, "refine", folder, tasks, config.refine, config.refine.shard_size, REFINED, open_engine, name, chat)
+    author = Author("teacher" if config.teacher.path else "student", weights, name, chat)
+    seeds = seed_name("refine", run_dir.round)
+    figures = generate(config, seeds, folder, tasks, config.refine, config.refine.shard_size, REFINED, engines, author)
     return figures | {"skipped_over_budget": over, "skipped_aborted": aborted}

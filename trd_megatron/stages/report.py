@@ -1,4 +1,5 @@
-"""Last stage: report.json, the figures of the run, and report.html, the same for people."""
+"""Last stage: report.json, the figures of the run, and report.html, the same for people. In a run of several rounds both compare the
+rounds, and show the last one: its trajectories, its training, and its student beside the base of round 0."""
 
 import dataclasses
 import json
@@ -22,14 +23,17 @@ TEXTS = ("problem_id", "sample_index", "response", "extracted_answer")
 
 
 def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
-    """Raises UserError if an output of an earlier stage is missing or damaged."""
+    """run_dir: the view of the last round. Raises UserError if an output of an earlier stage is missing or damaged."""
     refines = config.method.trajectory == "refined"
     rollouts = _rows(_shards(run_dir.rollouts))
     refined = _rows(_shards(run_dir.refined)) if refines else None
     summary = json.loads(_text(run_dir.train / "summary.json"))
     metrics = [json.loads(line) for line in _text(run_dir.train / "metrics.jsonl").splitlines()]
-    manifests = _manifests(run_dir, refines)
-    done = {name: dataclasses.asdict(manifest) for name, manifest in manifests.items() if manifest is not None}
+    views = [run_dir.in_round(number, config.rounds) for number in range(config.rounds)]
+    benchmarks = [[_benchmark(views[0], view, benchmark_name(name)) for name in config.evaluate.benchmarks] for view in views]
+    stages = _stages(views, refines)
+    done = {label: dataclasses.asdict(manifest) for label, (_, manifest) in stages.items() if manifest is not None}
+    exported = Manifest.read(run_dir.hf)
     picked = tables.pick_samples(rollouts, refined, SAMPLES_SHOWN)
     figures = {
         "experiment": config.name,
@@ -39,15 +43,17 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
         "student": config.model.path,
         "teacher": config.teacher.path,
         "seed": config.seed,
-        "benchmarks": [_benchmark(run_dir, benchmark_name(name)) for name in config.evaluate.benchmarks],
+        "benchmarks": benchmarks[-1],
         "kl_fixed_batch": tables.kl_change(summary),
         "training": summary,
-        "exported_step": done["export"]["counts"]["step"] if "export" in done else None,
+        "exported_step": None if exported is None else exported.counts["step"],
         "trajectories": tables.trajectories(rollouts, refined),
-        "stages": [tables.stage(name, done.get(name)) for name in manifests],
+        "stages": [tables.stage(name, done.get(label)) | {"stage": label} for label, (name, _) in stages.items()],
         "versions": tables.library_versions(done),
         "settings": {name: get(config, name) for name, _ in leaves()},
     }
+    if len(views) > 1:
+        figures["rounds"] = [_round(view, refines, scores) for view, scores in zip(views, benchmarks, strict=True)]
     drawn = {
         "kl": plots.kl(metrics),
         "held_out": plots.held_out(summary["kl_fixed_batch_before"], metrics),
@@ -64,19 +70,34 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
     return {"samples_shown": len(picked), "html_bytes": len(page.encode())}
 
 
-def _manifests(run_dir: RunDir, refines: bool) -> dict[str, Manifest | None]:
-    """stage -> its manifest, of the stages left of this one."""
-    folders = {"prepare": run_dir.problems, "rollout": run_dir.rollouts, "refine": run_dir.refined, "train": run_dir.train}
-    folders |= {"export": run_dir.hf, "evaluate/base": run_dir.eval / "base", "evaluate/student": run_dir.eval / "student"}
-    return {name: Manifest.read(folder) for name, folder in folders.items() if refines or name != "refine"}
+def _stages(views: Sequence[RunDir], refines: bool) -> dict[str, tuple[str, Manifest | None]]:
+    """What a stage is called (with several rounds 1/rollout) -> the stage and its manifest, of all left of this one."""
+    found = {"prepare": ("prepare", Manifest.read(views[0].problems))}
+    for view in views:
+        folders = {"rollout": view.rollouts, "refine": view.refined, "train": view.train, "export": view.hf}
+        folders |= {"evaluate/base": view.eval / "base", "evaluate/student": view.eval / "student"}
+        if not refines:
+            del folders["refine"]
+        if view.round:
+            del folders["evaluate/base"]
+        prefix = f"{view.round}/" if len(views) > 1 else ""
+        found |= {prefix + name: (name, Manifest.read(folder)) for name, folder in folders.items()}
+    return found
 
 
-def _benchmark(run_dir: RunDir, name: str) -> dict[str, Any]:
-    base, student = (_rows([run_dir.eval / model / f"{name}.parquet"]) for model in ("base", "student"))
+def _benchmark(first: RunDir, view: RunDir, name: str) -> dict[str, Any]:
+    """The base of round 0 and the student of a round."""
+    base, student = (_rows([folder / f"{name}.parquet"]) for folder in (first.eval / "base", view.eval / "student"))
     try:
         return tables.benchmark(name, base, student)
     except ValueError as error:
-        raise UserError(f"{run_dir.eval}: {error}; move it away and run again") from None
+        raise UserError(f"{view.eval}: {error}; move it away and run again") from None
+
+
+def _round(view: RunDir, refines: bool, benchmarks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One line of the table of rounds."""
+    rollouts, refined = _rows(_shards(view.rollouts)), _rows(_shards(view.refined)) if refines else None
+    return tables.one_round(view.round, rollouts, refined, json.loads(_text(view.train / "summary.json")), benchmarks)
 
 
 def _text(path: Path) -> str:

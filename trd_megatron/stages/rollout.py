@@ -11,7 +11,7 @@ from trd_megatron.prompts import student_prompt
 from trd_megatron.records import TRAJECTORY
 from trd_megatron.run_dir import RunDir
 from trd_megatron.stages import prepare
-from trd_megatron.stages.generate import Task, generate, packed
+from trd_megatron.stages.generate import Author, Task, generate, packed, seed_name
 
 
 def student_tasks(chat: Chat, problems: list[dict[str, Any]], samples: int, budget: int, key: str) -> tuple[list[Task], int]:
@@ -35,6 +35,7 @@ def run(config: Config, run_dir: RunDir, folder: Path, engines: Engines) -> dict
     stage = config.rollout
     problems = [problem for problem in prepare.read(run_dir).values() if problem["split"] == "train"]
     tasks, skipped = student_tasks(chat, problems, stage.samples_per_problem, stage.max_prompt_tokens, "rollout.max_prompt_tokens")
-    open_engine = engines.opener("student", weights)
-    figures = generate(config, "rollout", folder, tasks, stage, stage.shard_size, TRAJECTORY, open_engine, config.model.path, chat)
+    author = Author("student", weights, config.model.path, chat)
+    name = seed_name("rollout", run_dir.round)
+    figures = generate(config, name, folder, tasks, stage, stage.shard_size, TRAJECTORY, engines, author)
     return figures | {"skipped_over_budget": skipped}

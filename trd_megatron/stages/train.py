@@ -7,26 +7,29 @@ from typing import Any
 from trd_megatron.builtin_models import resolve_model
 from trd_megatron.chat import Chat, teacher_prompt_ids
 from trd_megatron.config import Config, to_dict
+from trd_megatron.engine.engines import teacher_version
 from trd_megatron.errors import UserError
 from trd_megatron.learner.job import SAMPLES, Job, run_ranks
 from trd_megatron.learner.stack import Installed, choose
 from trd_megatron.progress import bar, console
 from trd_megatron.records import REFINED, SAMPLE, TRAJECTORY
-from trd_megatron.run_dir import RunDir, read_shards, write_parquet
+from trd_megatron.run_dir import RunDir, write_parquet
 from trd_megatron.stages import prepare
+from trd_megatron.stages.generate import drawn
 
 
 def build_samples(config: Config, run_dir: RunDir) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Rows of records.SAMPLE and what was left out: (rows, {"aborted": n, "over_budget": n}).
 
     The student's prompt is the one its rollout was drawn under, the response ids are the engine's own. The teacher's
-    prompt follows method.teacher_prompt: vanilla, or refine with y_o in it.
+    prompt follows method.teacher_prompt: vanilla, or refine with y_o in it. Raises UserError if a trajectory was drawn from other
+    weights than its round's.
     """
     chat = Chat(resolve_model(config.teacher.path or config.model.path), config.data.prompt_format, config.teacher.chat_template_kwargs)
     problems = prepare.read(run_dir)
-    rollouts = {(row["problem_id"], row["sample_index"]): row for row in read_shards(run_dir.rollouts, TRAJECTORY)}
+    rollouts = {(row["problem_id"], row["sample_index"]): row for row in drawn(run_dir.rollouts, TRAJECTORY, run_dir.round)}
     refined = config.method.trajectory == "refined"
-    trajectories = read_shards(run_dir.refined, REFINED) if refined else list(rollouts.values())
+    trajectories = drawn(run_dir.refined, REFINED, teacher_version(config, run_dir)) if refined else list(rollouts.values())
     rows, left_out = [], {"aborted": 0, "over_budget": 0}
     for row in trajectories:
         rollout = rollouts[row["problem_id"], row["sample_index"]]

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from tests.unit.test_cli import trd
-from trd_megatron.bench import engine, engine_report
+from trd_megatron.bench import client, engine, engine_report
 from trd_megatron.bench.engine_report import Row
 from trd_megatron.bench.engine_sides import SIDES, Prompts, Settings
 from trd_megatron.engine.base import EngineFailedError
@@ -70,7 +70,7 @@ def test_sides_take_turns_on_the_same_prompts(scripted: Callable[..., list[Any]]
     rounds = [drawn[start : start + 3] for start in range(0, len(drawn), 3)]
     for one in rounds:
         assert all(call[1:] == one[0][1:] for call in one)
-    assert len({str(one[0][2]) for one in rounds[:3]}) == 3  # new prompts in each round: a server keeps those that it has seen
+    assert len({str(one[0][2][:4]) for one in rounds}) == 6  # new prompts in each round: a server keeps those that it has seen
     assert [len(prompt) for prompt in rounds[0][0][2]] == [3, 4, 3, 4]
     assert calls[-3:] == [("sglang", "closed"), ("local", "closed"), ("plain", "closed")]
     record = json.loads((tmp_path / "bench_engine.json").read_text())
@@ -139,6 +139,14 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert [(r["side"], r["concurrency"], r["responses"], r["tokens"], r["status"]) for r in results] == [
         (side, concurrency, 3, 12, "measured") for concurrency in (1, 3) for side in ("local", "plain")
     ]
+
+
+def test_the_client_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    monkeypatch.setattr(client, "benchmark", lambda quiet: {"cpu_ms_per_request": 0.5, "requests_per_second": 1500.0})
+    code, out, _ = trd("bench", "engine", "--client", "--out", str(tmp_path), monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0
+    assert [line.split()[-1] for line in out.splitlines()] == ["0.5", "1,500"]
+    assert json.loads((tmp_path / "bench_client.json").read_text())["results"]["requests_per_second"] == 1500
 
 
 def test_no_side_at_all(scripted: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:

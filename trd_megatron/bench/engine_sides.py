@@ -139,9 +139,16 @@ class Sglang:
         if self._engine is not None and self._engine_options == options:
             return
         self._close_engine()
-        journal, self._engine_options = self._folder / "journal", options
+        self._engine_options = options
         self._engine = SGLangEngine(
-            self._urls, self._weights, options, journal=journal, may_update=False, say=self._say, api_key=os.environ.get(API_KEY)
+            self._urls,
+            self._weights,
+            options,
+            journal=self._folder / f"journal-{concurrency}",
+            may_update=False,
+            say=self._say,
+            api_key=os.environ.get(API_KEY),
+            check=None if self._launched is None else self._launched.check,
         )
 
     def draw(self, prompts: Prompts, new_tokens: int) -> int:

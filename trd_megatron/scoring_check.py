@@ -111,7 +111,7 @@ def wrong(figures: Sequence[Figures], bound: Bound) -> str | None:
         message = f"{row.role}: the {bound.figure} difference of log-probabilities at temperature {row.temperature:g} is {value:.2g}, "
         message += f"above {bound.value:g}: engine and learner must have the same weights and precision (engine.dtype, learner.dtype)"
         if row.engine == "sglang":
-            message += ", and servers that you start yourself need SGLANG_RETURN_ORIGINAL_LOGPROB=1"
+            message += "; servers that you started yourself must serve this very model"
         return message + "; to accept it: --max-difference X, or --go-on"
     return None
 

@@ -111,7 +111,7 @@ def wrong(figures: Sequence[Figures], bound: Bound) -> str | None:
         message = f"{row.role}: the {bound.figure} difference of log-probabilities at temperature {row.temperature:g} is {value:.2g}, "
         message += f"above {bound.value:g}: engine and learner must have the same weights and precision (engine.dtype, learner.dtype)"
         if row.engine == "sglang":
-            message += ", and servers that you start yourself need SGLANG_RETURN_ORIGINAL_LOGPROB=1"
+            message += "; servers that you started yourself must serve this very model"
         return message + "; to accept it: --max-difference X, or --go-on"
     return None
 
@@ -162,15 +162,14 @@ def _draw_all(config: Config, folder: Path, say: Callable[[str], None]) -> list[
             tokens, weights = min(NEW_TOKENS, sampling.max_response_tokens), weights_of(model, 0)
             seeds = [sample_seed(config.seed, "doctor", str(index), 0) for index in range(len(prompts))]
             requests = [Request(ids, seed) for ids, seed in zip(prompts, seeds, strict=True)]
-            parts = []
-            for how, params in {
-                "sampled": SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k, tokens),
-                "greedy": SamplingParams(0.0, 1.0, -1, tokens),  # the ids are the engine's likeliest: nothing else says which those are
-            }.items():
-                with closing(engines.open(role, weights, folder / f"{role}-{how}.journal")) as engine:
-                    say(f"{engine.name} draws {len(prompts)} responses of the {role}, {how}")
-                    parts.append(Drawn(role, engine.name, model, params.temperature, prompts, _generations(engine, requests, params)))
-            return parts
+            as_the_stage = SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k, tokens)
+            greedy = SamplingParams(0.0, 1.0, -1, tokens)  # the ids are the engine's likeliest: nothing else says which those are
+            with closing(engines.open(role, weights, folder / f"{role}.journal")) as engine:
+                say(f"{engine.name} draws {2 * len(prompts)} responses of the {role}")
+                return [
+                    Drawn(role, engine.name, model, params.temperature, prompts, _generations(engine, requests, params))
+                    for params in (as_the_stage, greedy)
+                ]
 
         drawn = draw("student", student_path, [list(task.prompt_ids) for task in tasks], config.rollout)
         if config.teacher.path is not None:

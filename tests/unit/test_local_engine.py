@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,8 @@ def test_all_rows_ending_ends_the_batch(qwen3):
     first = ids(run(qwen3, requests(PROMPTS[:2]), GREEDY))
     qwen3.eos_token_ids = frozenset(row[0] for row in first)
     assert [g.finish_reason for g in run(qwen3, requests(PROMPTS[:2]), GREEDY)] == ["stop", "stop"]
+    on = run(qwen3, requests(PROMPTS[:2]), replace(GREEDY, ignore_eos=True))
+    assert [(g.finish_reason, len(g.token_ids)) for g in on] == [("length", GREEDY.max_new_tokens)] * 2
 
 
 def test_chunked_prefill_and_cache_growth_change_nothing(qwen3, monkeypatch):
@@ -324,11 +327,3 @@ def test_a_model_that_cannot_run_is_refused(folders, tmp_path, kind, message):
     with pytest.raises(UserError, match=message) as caught:
         LocalEngine(folder)
     assert "\n" not in str(caught.value)
-
-
-def test_the_benchmark_counts_the_same_tokens_on_both_sides():
-    from trd_megatron.bench.engine import benchmark
-
-    result = benchmark(resolve_model("builtin:tiny-qwen3"), batch_size=3, max_new_tokens=5, repeats=1)
-    assert result["tokens"] == 15
-    assert result["ratio"] == pytest.approx(result["local"] / result["plain"])

@@ -196,6 +196,9 @@ def bench_engine(
         list[str] | None,
         typer.Option(metavar="URL...", help="SGLang servers that run already, with this model.", show_default="one is launched"),
     ] = None,
+    client: Annotated[
+        bool, typer.Option("--client", help="Measure the client alone instead: 10,000 requests to a server that answers at once.")
+    ] = False,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where bench_engine.json and .png go.")] = Path("runs/bench_engine"),
 ) -> None:
     """Tokens per second of SGLang, of the embedded engine and of plain model.generate.
@@ -219,12 +222,19 @@ def bench_engine(
 
       trd bench engine --sides local plain --prompts 8 --samples 4
 
+      trd bench engine --client
+
       trd bench engine --model Qwen/Qwen3-1.7B --device cuda --dtype bfloat16 --concurrency 64 256 --prompts 1024
     """
     import torch
 
     from trd_megatron.bench import engine, engine_report, engine_sides
 
+    if client:
+        for name, value in engine.client_alone(out).items():
+            output.print(f"{name.replace('_', ' '):<20} {value:,.3g}" if value < 1000 else f"{name.replace('_', ' '):<20} {value:,.0f}")
+        console.print(f"figures: {out / 'bench_client.json'}", highlight=False)
+        return
     settings = engine_sides.Settings(
         model=model,
         sides=list(dict.fromkeys(sides or engine_sides.SIDES)),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from trd_megatron.bench import engine_report, record
+from trd_megatron.bench import client, engine_report, record
 from trd_megatron.bench.engine_report import Row
 from trd_megatron.bench.engine_sides import SIDES, TEMPERATURE, TOP_K, TOP_P, Prompts, Settings, Side
 from trd_megatron.builtin_models import resolve_model
@@ -39,7 +39,7 @@ def check(settings: Settings) -> None:
     record.check_device(settings.device)
 
 
-def random_prompts(settings: Settings, vocab_size: int, seed: int) -> Prompts:
+def random_prompts(settings: Settings, vocab_size: int, seed: str) -> Prompts:
     """Prompts of random ids, each `samples` times in a row; their lengths go round `lengths`."""
     source, lengths = random.Random(seed), settings.lengths
     prompts = [[source.randrange(vocab_size // 2, vocab_size) for _ in range(lengths[i % len(lengths)])] for i in range(settings.prompts)]
@@ -83,7 +83,7 @@ def _measure(settings: Settings, concurrency: int, vocab_size: int, sides: dict[
     rows = {side: Row(side, concurrency, responses, responses * settings.max_new_tokens) for side in settings.sides}
     with bar(f"{concurrency} at once", total=len(rows) * (settings.repeats + 1), unit="rounds") as progress:
         for repeat in range(settings.repeats + 1):  # the first is a warm-up, and not timed
-            prompts = random_prompts(settings, vocab_size, repeat)[:responses]
+            prompts = random_prompts(settings, vocab_size, f"{concurrency}/{repeat}")[:responses]
             for side in settings.sides if repeat % 2 else settings.sides[::-1]:
                 if side in sides:
                     progress.note(side)
@@ -109,6 +109,14 @@ def _round(sides: dict[str, Side], errors: dict[str, str], row: Row, prompts: Pr
         return
     if timed:
         row.seconds.append(seconds)
+
+
+def client_alone(out: Path) -> dict[str, float]:
+    """Figures of bench/client.py, also in out/bench_client.json."""
+    record.prepare(out, "cpu")
+    figures = client.benchmark(quiet=True)
+    write_json(out / "bench_client.json", {"versions": record.versions(["aiohttp"]), "machine": record.machine("cpu"), "results": figures})
+    return figures
 
 
 def _record(settings: Settings, rows: list[Row]) -> dict[str, Any]:

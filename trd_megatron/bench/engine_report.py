@@ -50,8 +50,9 @@ def table(rows: Sequence[Row], title: str) -> Table:
     sides, places = _by_place(rows)
     ratios = [pair for pair in RATIOS if all(side in sides for side in pair)]
     grid = Table(title=title, caption="; ".join(failures(rows)) or None)
-    for column in ("at once", "responses", *(f"{side}, tok/s" for side in sides), *(f"{one} ÷ {other}" for one, other in ratios)):
-        grid.add_column(column, justify="right")
+    speeds = [f"{side}, tok/s" for side in sides]
+    for column in ("at once", "responses", *speeds, *(f"{one} ÷ {other}" for one, other in ratios)):
+        grid.add_column(column, justify="right", no_wrap=column in speeds)
     for concurrency, found in places.items():
         cells = [_speed(found[side]) for side in sides]
         cells += [_ratio(found[one].rate, found[other].rate) for one, other in ratios]

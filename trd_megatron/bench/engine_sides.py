@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +10,7 @@ import torch
 
 from trd_megatron.config import EngineConfig, ServersConfig
 from trd_megatron.engine.base import Engine, Request, SamplingParams
-from trd_megatron.engine.engines import weights_of
+from trd_megatron.engine.engines import API_KEY, weights_of
 from trd_megatron.engine.local import LocalEngine, load_model
 from trd_megatron.engine.server import LaunchedServers
 from trd_megatron.engine.sglang import ClientOptions, SGLangEngine
@@ -126,26 +125,43 @@ class Sglang:
         launch = not settings.urls
         config = EngineConfig(kind="sglang", device=settings.device, dtype=settings.dtype, launch=launch, student=servers)
         self._weights, self._options, self._say = weights_of(model, 0), ClientOptions.from_config(config), say
-        self._folder, self._rounds = folder, 0
-        self._launched = LaunchedServers("student", self._weights, config, folder, say) if launch else None
+        self._folder = folder
+        self._launched = LaunchedServers("student", self._weights, config, folder, say, api_key=os.environ.get(API_KEY)) if launch else None
         if self._launched is not None:
             os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))  # a server on the CPU takes its threads from there
             self._launched.start()
         self._urls: Sequence[str] = settings.urls if self._launched is None else self._launched.urls
         self._engine: SGLangEngine | None = None
+        self._engine_options: ClientOptions | None = None
 
     def prepare(self, concurrency: int) -> None:
         options = replace(self._options, max_outstanding=-(-concurrency // len(self._urls)))
-        self._rounds += 1
-        journal = self._folder / f"journal-{self._rounds}"
-        self._engine = SGLangEngine(self._urls, self._weights, options, journal=journal, may_update=False, say=self._say)
+        if self._engine is not None and self._engine_options == options:
+            return
+        self._close_engine()
+        self._engine_options = options
+        self._engine = SGLangEngine(
+            self._urls,
+            self._weights,
+            options,
+            journal=self._folder / f"journal-{concurrency}",
+            may_update=False,
+            say=self._say,
+            api_key=os.environ.get(API_KEY),
+            check=None if self._launched is None else self._launched.check,
+        )
 
     def draw(self, prompts: Prompts, new_tokens: int) -> int:
         assert self._engine is not None
-        with closing(self._engine) as engine:
-            return _drawn(engine, prompts, new_tokens)
+        return _drawn(self._engine, prompts, new_tokens)
+
+    def _close_engine(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
     def close(self) -> None:
+        self._close_engine()
         if self._launched is not None:
             self._launched.stop()
 

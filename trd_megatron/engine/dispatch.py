@@ -92,8 +92,10 @@ class Job:
         self._succeeded = False
         self._held: list[Shard] = []  # finished while all requests were aborts
         self._done = asyncio.Event()
-        params = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        params: dict[str, float | bool] = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         params["max_new_tokens"] = sampling.max_new_tokens
+        if sampling.ignore_eos:
+            params["ignore_eos"] = True
         self._sampling_json = json.dumps(params)[1:-1]
         self._key_start = hashlib.sha256(json.dumps([weights.label, params]).encode() + b"\0")
 

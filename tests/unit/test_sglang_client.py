@@ -312,7 +312,7 @@ def test_frozen_and_unhealthy_servers(two: list[ScriptedServer], model: Path) ->
     check(found, shards)
 
 
-def test_weights(two: list[ScriptedServer], model: Path, tmp_path: Path) -> None:
+def test_weights(two: list[ScriptedServer], model: Path) -> None:
     two[0].label = "0-of-another-run"
     two[1].label = "default"
     with Client(two, model, version=1) as client:
@@ -326,7 +326,8 @@ def test_weights(two: list[ScriptedServer], model: Path, tmp_path: Path) -> None
         two[0].label = "2-other"  # somebody else loads other weights
         shards = [[Request(r.prompt_ids, r.seed + 1000) for r in shard] for shard in make_shards(4)]
         check(client.draw(shards), shards)
-        assert two[0].orders == [order, order] and any("'2-other'" in text for text in client.said)
+        wait_for(lambda: two[0].orders == [order, order])  # the other one may have done all the work meanwhile
+        assert any("'2-other'" in text for text in client.said)
     two[0].label, two[0].takes_updates = "2-other", False
     with pytest.raises(UserError, match=r"does not take the weights .* \(no such folder\)"):
         Client([two[0]], model, version=1)

@@ -57,7 +57,7 @@ def command(python: str, role: str, weights: Weights, engine: EngineConfig, host
     fraction = servers.mem_fraction_static
     if engine.device == "cpu":
         fraction = fraction or CPU_MEM_FRACTION
-        line += ["--attention-backend", "torch_native", "--disable-cuda-graph"]
+        line += ["--attention-backend", "torch_native", "--disable-cuda-graph", "--sleep-on-idle"]
         line += ["--max-total-tokens", str(cpu_kv_tokens(weights.path, engine.dtype, servers.context_length))]
     if fraction is not None:
         line += ["--mem-fraction-static", str(fraction)]

@@ -169,13 +169,6 @@ def test_the_help_names_every_side(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert trd("bench", monkeypatch=monkeypatch, capsys=capsys)[2] == ""
 
 
-def test_the_engine_benchmark_is_a_command_too(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--batch-size", "2", "--prompts", "2", "--lengths", "3", "5", "--max-new-tokens", "2", "--repeats", "1"]
-    code, out, err = trd("bench", "engine", "--model", "builtin:tiny-qwen3", *sizes, monkeypatch=monkeypatch, capsys=capsys)
-    assert code == 0, err
-    assert [line.split()[0] for line in out.splitlines()] == ["local", "model.generate", "ratio"]
-
-
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out .*file: not a folder"):

@@ -34,7 +34,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[s
     fails: the name of one that ends with an error."""
     failing: set[str] = set()
 
-    def stage_run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
+    def stage_run(config: Config, run_dir: RunDir, folder: Path, engines: object = None) -> dict[str, Any]:
         (folder / "made").write_text(f"round {run_dir.round} from {config.model.path}")
         if folder.relative_to(run_dir.path).as_posix() in failing:
             raise RuntimeError("killed")
@@ -167,6 +167,7 @@ def test_a_sample_of_other_weights_is_an_error(tmp_path: Path, monkeypatch: pyte
 
     class Engine:
         name = "scripted"
+        facts: dict[str, Any] = {}  # noqa: RUF012
 
         def generate(self, shards: list[list[Request]], *_: object) -> list[tuple[int, list[Generation]]]:
             return [(index, [Generation([65], [-1.0], "stop", 1) for _ in shard]) for index, shard in enumerate(shards)]
@@ -176,17 +177,19 @@ def test_a_sample_of_other_weights_is_an_error(tmp_path: Path, monkeypatch: pyte
 
     from trd_megatron.builtin_models import resolve_model
     from trd_megatron.chat import Chat
+    from trd_megatron.engine.engines import Engines
 
     config, _ = smoke(tmp_path / "run")
-    monkeypatch.setattr(generate, "make_engine", lambda config, weights: Engine())
+    engines = Engines(config, tmp_path / "servers", print)
+    monkeypatch.setattr(engines, "open", lambda role, weights, journal: Engine())
     model = resolve_model(config.model.path)
-    tasks = [generate.Task({"problem_id": "p", "answer": "1"}, 0, "?", [65])]
+    tasks = [generate.Task({"problem_id": "p", "task": "math", "answer": "1"}, 0, "?", [65])]
     sampling = config.rollout
 
     def draw(version: int) -> dict[str, Any]:
         weights = Weights(model, version, "f" * 64)
-        chat = Chat(model, "plain", {})
-        return generate.generate(config, "rollout", tmp_path, tasks, sampling, 8, TRAJECTORY, weights, "m", chat)
+        author = generate.Author("student", weights, "m", Chat(model, "plain", {}))
+        return generate.generate(config, "rollout", tmp_path, tasks, sampling, 8, TRAJECTORY, engines, author)
 
     with pytest.raises(EngineFailedError, match="drawn from weights 1, not 2"):
         draw(2)

@@ -56,6 +56,7 @@ def test_command_on_a_cpu(model: Path) -> None:
     assert flags(line) == {
         "--model-path": str(model), "--weight-version": FIRST, "--host": "127.0.0.1", "--port": "4000", "--device": "cpu",
         "--dtype": "float32", "--tp-size": "1", "--attention-backend": "torch_native", "--disable-cuda-graph": True,
+        "--sleep-on-idle": True,
         "--max-total-tokens": str(8 * 4096), "--mem-fraction-static": "0.3",
     }  # fmt: skip
 

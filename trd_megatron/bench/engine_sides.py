@@ -120,8 +120,7 @@ class Sglang:
 
     def __init__(self, settings: Settings, model: Path, folder: Path, say: Callable[[str], None]) -> None:
         """Raises UserError if there is no SGLang to launch, EngineFailedError if it does not start."""
-        # A server that waits busily would take a core from the sides that run in this process.
-        servers = ServersConfig(urls=settings.urls, extra_args=["--sleep-on-idle"])
+        servers = ServersConfig(urls=settings.urls)
         launch = not settings.urls
         config = EngineConfig(kind="sglang", device=settings.device, dtype=settings.dtype, launch=launch, student=servers)
         self._weights, self._options, self._say = weights_of(model, 0), ClientOptions.from_config(config), say

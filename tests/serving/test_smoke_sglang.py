@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from trd_megatron.builtin_models import resolve_model
+from trd_megatron.config import EngineConfig
 
 TEACHER = "builtin:tiny-qwen3-teacher"
 OVERRIDES = (
@@ -26,10 +27,10 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, sglang_python: Path) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory, sglang_engine: EngineConfig) -> Path:
     folder = tmp_path_factory.mktemp("serving") / "run"
-    command = [sys.executable, "-m", "trd_megatron.cli", "run", *OVERRIDES, f"engine.python={sglang_python}", f"run_dir={folder}"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    command = [sys.executable, "-m", "trd_megatron.cli", "run", *OVERRIDES, f"engine.python={sglang_engine.python}", f"run_dir={folder}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=560)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
 

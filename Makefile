@@ -38,8 +38,9 @@ quickstart: venv ## The whole pipeline on a real model, on a CPU: about six minu
 smoke: venv ## The whole pipeline on a tiny random model: under a minute.
 	$(TRD) run experiment=smoke
 
+# Two files at a time, since many tests wait for servers or run on one core; the short ones last, so that both workers end together.
 test: venv ## Run the tests.
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 acceptance: venv ## Run the quickstart twice and check what it promises: about seven minutes.
 	$(VENV)/bin/python -m pytest tests/acceptance -m acceptance

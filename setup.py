@@ -53,6 +53,7 @@ setup(
             "mypy>=1.18",
             "pytest>=8.4",
             "pytest-timeout>=2.4",
+            "pytest-xdist>=3.8",
             "ruff>=0.14",
             # The version that torch 2.13.0's CUDA build pins.
             "triton==3.7.1; platform_system == 'Linux' and platform_machine == 'x86_64'",

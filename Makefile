@@ -28,7 +28,7 @@ $(SGLANG_STAMP): $(wildcard $(SGLANG_CPU)/*.txt $(SGLANG_CPU)/site/*)
 	$(PYTHON) -m venv --clear $(SGLANG_VENV)
 	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $(SGLANG_CPU)/requirements.txt
 	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(SGLANG_CPU)/requirements-nodeps.txt
-	cp $(SGLANG_CPU)/site/* "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	cp $(SGLANG_CPU)/site/*.p* "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	$(SGLANG_VENV)/bin/python -c 'import sglang, torchvision'
 	touch $@
 

@@ -132,7 +132,7 @@ class EngineConfig:
     )
     python: str | None = opt(
         None,
-        "launch: Python of the environment with SGLang (null: .venv-sglang/bin/python if it is there, else this one).",
+        "launch: Python of the environment with SGLang (null: this one; on cpu .venv-sglang/bin/python if it is there).",
         layout=True,
     )
     deterministic: bool = opt(

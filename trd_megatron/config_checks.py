@@ -4,7 +4,7 @@ import math
 
 from omegaconf import MISSING
 
-from trd_megatron.config import Config, LearnerConfig, LoraConfig, benchmark_name, get, leaves, nearest
+from trd_megatron.config import Config, LearnerConfig, LoraConfig, ServersConfig, benchmark_name, get, leaves, nearest
 from trd_megatron.errors import UserError
 
 POSITIVE = (
@@ -35,9 +35,23 @@ UNIT_INTERVAL = (
     "learner.adam_beta2",
 )
 OWN_FLAGS = (
-    "--model-path", "--model", "--host", "--port", "--device", "--dtype", "--tp", "--tp-size", "--tensor-parallel-size",
-    "--mem-fraction-static", "--context-length", "--quantization", "--weight-version", "--api-key", "--enable-deterministic-inference",
-)  # fmt: skip
+    "--model-path",
+    "--model",
+    "--host",
+    "--port",
+    "--device",
+    "--dtype",
+    "--tp",
+    "--tp-size",
+    "--tensor-parallel-size",
+    "--mem-fraction-static",
+    "--context-length",
+    "--quantization",
+    "--weight-version",
+    "--api-key",
+    "--enable-deterministic-inference",
+)
+SECRET_FLAGS = ("--admin-api-key", "--ssl-keyfile-password")  # everybody on the machine can read a command line  # fmt: skip
 RESERVED_KWARGS = ("conversation", "tokenize", "add_generation_prompt", "chat_template", "return_dict", "return_tensors")  # fmt: skip
 
 
@@ -140,6 +154,8 @@ def _check_servers(config: Config) -> None:
         for url in servers.urls:
             if not url.startswith(("http://", "https://")):
                 raise UserError(f"{key}.urls: '{url}' is no URL, e.g. http://127.0.0.1:30000")
+            if "@" in url:
+                raise UserError(f"{key}.urls: names and passwords in a URL would be written to config.yaml: use SGLANG_API_KEY instead")
         if len(set(servers.urls)) < len(servers.urls):
             raise UserError(f"{key}.urls names a server twice")
         needed = servers.data_parallel_size * servers.tensor_parallel_size
@@ -157,18 +173,26 @@ def _check_servers(config: Config) -> None:
         for flag in servers.extra_args:
             if flag.split("=")[0] in OWN_FLAGS:
                 raise UserError(f"{key}.extra_args: {flag.split('=')[0]} is set by another key of engine: leave it out")
+            if flag.split("=")[0] in SECRET_FLAGS:
+                raise UserError(f"{key}.extra_args: {flag.split('=')[0]} is a secret, which a command line would show: leave it out")
     if engine.launch and engine.keep_servers and engine.device == "cuda":
-        taken = {gpu: "the learner" for gpu in range(config.learner.ranks if config.learner.device == "cuda" else 0)}
-        for role, servers in roles.items():
-            for gpu in servers.gpus or range(servers.data_parallel_size * servers.tensor_parallel_size):
-                if gpu in taken:
-                    raise UserError(
-                        f"engine.keep_servers=true, but GPU {gpu} is wanted by {taken[gpu]} and by engine.{role}: name others in "
-                        f"engine.{role}.gpus, or set engine.keep_servers=false to share GPUs in time"
-                    )
-                taken[gpu] = f"engine.{role}"
+        learner = range(config.learner.ranks if config.learner.device == "cuda" else 0)
+        way_out = "set engine.keep_servers=false to share GPUs in time"
+        check_own_gpus(roles, dict.fromkeys(learner, "the learner"), "engine.keep_servers=true", way_out)
     if engine.deterministic and engine.device == "cpu":
         raise UserError("engine.deterministic=true needs engine.device=cuda: SGLang has no deterministic attention on a CPU")
+
+
+def check_own_gpus(roles: dict[str, ServersConfig], taken: dict[int, str], why: str, way_out: str) -> None:
+    """Raises UserError if servers that run side by side want the same GPU. taken: GPU -> who has it already."""
+    taken = dict(taken)
+    for role, servers in roles.items():
+        for gpu in servers.gpus or range(servers.data_parallel_size * servers.tensor_parallel_size):
+            if gpu in taken:
+                raise UserError(
+                    f"{why}, but GPU {gpu} is wanted by {taken[gpu]} and by engine.{role}: name others in engine.{role}.gpus, or {way_out}"
+                )
+            taken[gpu] = f"engine.{role}"
 
 
 def check(config: Config) -> None:

@@ -86,12 +86,25 @@ def _model_hash(path: str) -> str:
     return model_fingerprint(resolve_model(path))
 
 
-def _settings(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Values of the result-changing settings under `keys`. Paths are left out: what they lead to is hashed instead."""
+def _under(name: str, keys: tuple[str, ...]) -> bool:
+    return any(name == key or name.startswith(f"{key}.") for key in keys)
+
+
+def _unused(config: Config, stage: Stage) -> tuple[str, ...]:
+    """Settings of engines that this stage does not ask."""
+    if config.engine.kind == "local":
+        return ("engine.student", "engine.teacher", "engine.deterministic")
+    of_teacher = stage.name == "refine" and config.teacher.path is not None
+    return ("engine.student" if of_teacher else "engine.teacher", "engine.batch_size")
+
+
+def _settings(config: Config, stage: Stage) -> dict[str, Any]:
+    """Values of the result-changing settings that a stage reads. Paths are left out: what they lead to is hashed instead."""
+    unused = _unused(config, stage)
     return {
         name: get(config, name)
         for name, field in leaves()
-        if not field.metadata["layout"] and not name.endswith(".path") and any(name == key or name.startswith(f"{key}.") for key in keys)
+        if not field.metadata["layout"] and not name.endswith(".path") and _under(name, stage.settings) and not _under(name, unused)
     }
 
 
@@ -152,7 +165,7 @@ def works(config: Config, run_dir: RunDir) -> Iterator[Work]:
             if student and (stage.reads_student or stage.reads_teacher):
                 needs.append(student)
             place = view.folder(stage.folder)
-            folder = StageFolder(run_dir, stage.name.replace("/", "-"), place, _settings(config, stage.settings), inputs, stage.kept)
+            folder = StageFolder(run_dir, stage.name.replace("/", "-"), place, _settings(config, stage), inputs, stage.kept)
             several = config.rounds > 1 and stage.folder.split("/")[0] in IN_ROUND
             name = f"{number}/{stage.name}" if several else stage.name
             work = Work(name, stage, config if stage.rounds == "last" else start, view, folder, tuple(needs))

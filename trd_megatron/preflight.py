@@ -17,6 +17,17 @@ from trd_megatron.learner.stack import Installed, check_shapes, choose
 
 def check_devices(config: Config) -> None:
     """Raises UserError if this machine has fewer GPUs than the configuration uses."""
+    check_server_devices(config)
+    gpus, ranks = torch.cuda.device_count(), config.learner.ranks
+    if config.learner.device == "cuda" and gpus < ranks:
+        raise UserError(
+            f"learner.device=cuda with {ranks} ranks (learner.tensor_model_parallel_size x context_parallel_size x data_parallel_size), "
+            f"but this machine has {gpus} usable GPUs: choose learner=cpu{', or fewer ranks' if gpus else ''}"
+        )
+
+
+def check_server_devices(config: Config) -> None:
+    """Raises UserError if this machine has fewer GPUs than the configuration generates on."""
     gpus = torch.cuda.device_count()
     engine = config.engine
     if engine.device == "cuda" and not gpus and (engine.kind == "local" or engine.launch):
@@ -32,12 +43,6 @@ def check_devices(config: Config) -> None:
                     f"engine.{role} wants GPU {last} (data_parallel_size x tensor_parallel_size, or gpus), but this machine has {gpus}, "
                     "counted from 0: ask for fewer"
                 )
-    ranks = config.learner.ranks
-    if config.learner.device == "cuda" and gpus < ranks:
-        raise UserError(
-            f"learner.device=cuda with {ranks} ranks (learner.tensor_model_parallel_size x context_parallel_size x data_parallel_size), "
-            f"but this machine has {gpus} usable GPUs: choose learner=cpu{', or fewer ranks' if gpus else ''}"
-        )
 
 
 def check_training(config: Config) -> None:

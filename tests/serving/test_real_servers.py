@@ -17,9 +17,10 @@ import pytest
 
 from tests.serving.conftest import StudentServer
 from trd_megatron.builtin_models import model_fingerprint
-from trd_megatron.config import EngineConfig
+from trd_megatron.config import EngineConfig, load
 from trd_megatron.engine.base import Weights
 from trd_megatron.engine.server_process import group_members
+from trd_megatron.run_dir import RunDir
 
 pytestmark = pytest.mark.slow
 KEY = "sk-do-not-show"
@@ -104,8 +105,11 @@ def test_serve_command(sglang_engine: EngineConfig, tmp_path: Path) -> None:
                 line = process.stdout.readline()
                 assert line, shown
                 shown += line
-            attach = "engine=sglang engine.launch=false engine.student.urls=[http://127.0.0.1:31870]"
-            assert re.search(rf"^\s*{re.escape(attach)}$", shown, re.MULTILINE)
+            (attach,) = re.findall(r"^ +(engine\.kind=.*)$", shown, re.MULTILINE)
+            attached = load(["experiment=smoke", f"run_dir={tmp_path}", *attach.split()])  # the run of this folder
+            assert attached.engine.student.urls == ["http://127.0.0.1:31870"]
+            assert (attached.engine.device, attached.engine.dtype) == ("cpu", "float32")
+            RunDir(tmp_path, attached.name)
             (row,) = json.loads((tmp_path / "servers" / "servers.json").read_text())
             members = group_members(row["pid"])
             assert len(members) >= 3

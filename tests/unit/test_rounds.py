@@ -77,6 +77,23 @@ def test_one_round_has_the_fingerprints_of_the_first_of_two(tmp_path: Path) -> N
     assert one["report"] != two["report"]
 
 
+def test_settings_of_other_engines_change_nothing(tmp_path: Path) -> None:
+    opd = ["engine=sglang_cpu", "mode=opd", "teacher.path=builtin:tiny-qwen3-teacher"]
+    before = fingerprints(*smoke(tmp_path / "run", *opd))
+
+    def changed(*overrides: str) -> list[str]:
+        after = fingerprints(*smoke(tmp_path / "run", *opd, *overrides))
+        return [name for name in ROUND[:3] if after[name] != before[name]]
+
+    assert changed("engine.teacher.extra_args=[--schedule-policy,lpm]") == ["refine", "train"]
+    assert changed("engine.student.extra_args=[--schedule-policy,lpm]") == ["rollout", "refine", "train"]
+    assert changed("engine.batch_size=7") == []
+    assert changed("engine.dtype=bfloat16") == ["rollout", "refine", "train"]
+    local = fingerprints(*smoke(tmp_path / "run"))
+    assert fingerprints(*smoke(tmp_path / "run", "engine.student.extra_args=[--x]")) == local
+    assert fingerprints(*smoke(tmp_path / "run", "engine.batch_size=7"))["rollout"] != local["rollout"]
+
+
 def test_what_reads_the_student_depends_on_the_round_before(tmp_path: Path) -> None:
     before = fingerprints(*smoke(tmp_path / "run", "rounds=3"))
     after = fingerprints(*smoke(tmp_path / "run", "rounds=3", "learner.learning_rate=2e-3"))

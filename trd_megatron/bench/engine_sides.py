@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from trd_megatron.config import EngineConfig, ServersConfig
-from trd_megatron.engine.base import Engine, Request, SamplingParams
-from trd_megatron.engine.engines import API_KEY, weights_of
+from trd_megatron.engine.base import Engine, Request, SamplingParams, api_key
+from trd_megatron.engine.engines import weights_of
 from trd_megatron.engine.local import LocalEngine, load_model
 from trd_megatron.engine.server import LaunchedServers
 from trd_megatron.engine.sglang import ClientOptions, SGLangEngine
@@ -125,7 +125,7 @@ class Sglang:
         config = EngineConfig(kind="sglang", device=settings.device, dtype=settings.dtype, launch=launch, student=servers)
         self._weights, self._options, self._say = weights_of(model, 0), ClientOptions.from_config(config), say
         self._folder = folder
-        self._launched = LaunchedServers("student", self._weights, config, folder, say, api_key=os.environ.get(API_KEY)) if launch else None
+        self._launched = LaunchedServers("student", self._weights, config, folder, say, api_key=api_key()) if launch else None
         if self._launched is not None:
             os.environ.setdefault("OMP_NUM_THREADS", str(settings.threads))  # a server on the CPU takes its threads from there
             self._launched.start()
@@ -146,7 +146,7 @@ class Sglang:
             journal=self._folder / f"journal-{concurrency}",
             may_update=False,
             say=self._say,
-            api_key=os.environ.get(API_KEY),
+            api_key=api_key(),
             check=None if self._launched is None else self._launched.check,
         )
 

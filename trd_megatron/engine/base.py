@@ -1,11 +1,15 @@
 """What a generation engine is to the stages that use it: shards of token ids in, token ids out."""
 
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-API_KEY = "SGLANG_API_KEY"  # environment variable: the key of SGLang servers
+from trd_megatron.engine.launch_sglang import KEY as API_KEY
+from trd_megatron.errors import UserError
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -59,6 +63,15 @@ class Generation:
     finish_reason: FinishReason
     weight_version: int = 0
     abort_reason: str | None = None
+
+
+def api_key() -> str | None:
+    """The key of SGLang servers, from the environment. Raises UserError for one that a log would show in another spelling, so that it
+    could not be taken out there."""
+    key = os.environ.get(API_KEY) or None
+    if key is not None and not re.fullmatch(r"[A-Za-z0-9._~+/=-]+", key):
+        raise UserError(f"{API_KEY} may hold letters, digits and . _ ~ + / = - only: choose another key")
+    return key
 
 
 class EngineFailedError(RuntimeError):

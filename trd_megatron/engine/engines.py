@@ -4,7 +4,6 @@ One node is shared in time: the servers of one role give their GPUs back before 
 With engine.keep_servers they have GPUs of their own and stay.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from trd_megatron.builtin_models import model_fingerprint, resolve_model
 from trd_megatron.config import Config
-from trd_megatron.engine.base import API_KEY, Engine, Weights
+from trd_megatron.engine.base import Engine, Weights, api_key
 from trd_megatron.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ class Engines:
             journal=journal,
             may_update=role == "student",
             say=self._say,
-            api_key=os.environ.get(API_KEY),
+            api_key=api_key(),
             check=self._launched[role].check if engine.launch else None,
         )
 
@@ -105,12 +104,13 @@ class Engines:
         if not self._config.engine.keep_servers:
             self._stop([other for other in self._launched if other != role])
         if role not in self._launched:
-            servers = LaunchedServers(role, weights, self._config.engine, self._logs, self._say, api_key=os.environ.get(API_KEY))
+            servers = LaunchedServers(role, weights, self._config.engine, self._logs, self._say, api_key=api_key())
             self._launched[role] = servers  # before they start: whatever interrupts us, they are stopped
             servers.start()
         self._launched[role].use(weights)
         return self._launched[role].urls
 
     def _stop(self, roles: list[str]) -> None:
-        for role in roles:
-            self._launched.pop(role).stop()
+        from trd_megatron.engine.server import stop_all
+
+        stop_all([self._launched.pop(role) for role in roles])

@@ -54,6 +54,7 @@ class LaunchedServers:
         self._servers: list[Server] = []
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self._outlived: EngineFailedError | None = None
         self._began = False  # all have been healthy once; from then on a death is not the caller's mistake
         self._python = ""
 
@@ -76,11 +77,16 @@ class LaunchedServers:
             raise self.failed
 
     def stop(self) -> None:
-        """Ends every process of the servers' groups: SIGTERM, then SIGKILL. May be called twice, and `start` after it."""
+        """Ends every process of the servers' groups: SIGTERM, then SIGKILL. May be called twice, and `start` after it.
+
+        Raises EngineFailedError if one outlives that: its GPU is still taken.
+        """
         self._stopping.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if self._outlived is not None:
+            raise self._outlived
 
     @property
     def healthy(self) -> int:
@@ -100,7 +106,7 @@ class LaunchedServers:
             on_error.pop_all()
         self._servers = [Server(i, self._host, port, self.logs / f"{self.role}-{i}.log") for i, port in enumerate(kept)]
         self._stopping.clear()
-        self._began, self.failed = False, None
+        self._began, self.failed, self._outlived = False, None, None
         self._thread = threading.Thread(target=self._watch, name=f"{self.role} servers", daemon=True)
         self._thread.start()
 
@@ -123,6 +129,8 @@ class LaunchedServers:
         finally:
             try:
                 end_groups(self._servers, TERM_S if self._engine.device == "cuda" else 0)
+            except EngineFailedError as error:
+                self._outlived = error
             finally:
                 for server in self._servers:
                     server.state = "waiting"
@@ -176,7 +184,7 @@ class LaunchedServers:
                 server.kept_port.close()
                 server.keep(reserve_port(server.host, 0))
                 return
-            raise _first_failure(self.role, what)
+            raise _first_failure(self.role, what, self._settings.extra_args)
         if server.failures >= GIVE_UP_AFTER:
             server.state = "given up"
             self._say(f"{what}; given up after {server.failures} deaths in a row")
@@ -218,15 +226,23 @@ def start_all(groups: Sequence[LaunchedServers]) -> None:
                 healthy = now
                 shown.note(f"{time.monotonic() - began:.0f} s, logs in {groups[0].logs}")
     except BaseException:
-        for group in groups:
-            group.stop()
+        stop_all(groups)
         raise
 
 
-def _first_failure(role: str, what: str) -> EngineFailedError | UserError:
-    if "unrecognized arguments" in what or "expected one argument" in what or "invalid choice" in what:
+def stop_all(groups: Sequence[LaunchedServers]) -> None:
+    """Stops the servers of several roles, all of them whatever happens to one. Raises EngineFailedError as `stop` does."""
+    with contextlib.ExitStack() as stack:
+        for group in groups:
+            stack.callback(group.stop)
+
+
+def _first_failure(role: str, what: str, extra_args: Sequence[str]) -> EngineFailedError | UserError:
+    if not any(complaint in what for complaint in ("unrecognized arguments", "expected one argument", "invalid choice")):
+        return EngineFailedError(what)
+    if any(word.split("=")[0] in what for word in extra_args):
         return UserError(f"engine.{role}.extra_args: {what}")
-    return EngineFailedError(what)
+    return UserError(f"this SGLang does not know a flag of ours, it needs to be 0.5.23 or newer (engine.python): {what}")
 
 
 def _how(code: int) -> str:

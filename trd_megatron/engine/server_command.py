@@ -34,7 +34,8 @@ def interpreter(engine: EngineConfig) -> str:
     else:
         checkout = Path(__file__).parents[2]
         built = [path for folder in (Path.cwd(), checkout) if (path := folder / VENV_PYTHON).exists()]
-        python = str(built[0]) if built else sys.executable
+        # Never for GPUs: its kernels are stand-ins.
+        python = str(built[0]) if built and engine.device == "cpu" else sys.executable
         name = python
     way_out = "`make sglang-cpu` builds an environment for machines without a GPU; for others set engine.python to one with SGLang"
     probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('sglang') is None)"

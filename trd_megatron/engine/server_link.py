@@ -5,9 +5,9 @@ import asyncio
 import aiohttp
 
 from trd_megatron.engine.answers import BadAnswerError, error_message, one_line
+from trd_megatron.engine.base import API_KEY
 from trd_megatron.errors import UserError
 
-API_KEY = "SGLANG_API_KEY"
 _KEEPALIVE_S = 2.0  # uvicorn closes an idle connection after 5 s; a request on one that is being closed would be lost
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 
 import psutil
 
-from trd_megatron.engine.base import Weights
+from trd_megatron.engine.base import EngineFailedError, Weights
 from trd_megatron.errors import UserError
 
 HEALTH_TIMEOUT_S = 5.0
@@ -173,7 +173,7 @@ class Server:
 
 def end_groups(servers: Sequence[Server], term_s: float) -> None:
     """SIGTERM, so that SGLang gives GPU memory back in order; after `term_s` (0: at once) SIGKILL. Returns when nothing is left of
-    the groups. Raises RuntimeError if something outlives SIGKILL."""
+    the groups. Raises EngineFailedError if something outlives SIGKILL."""
     left = [server for server in servers if server.process is not None]
     for number, seconds in ((signal.SIGTERM, term_s), (signal.SIGKILL, KILL_S)):
         if seconds == 0:
@@ -185,6 +185,7 @@ def end_groups(servers: Sequence[Server], term_s: float) -> None:
             left = [server for server in left if not server.is_gone()]
             time.sleep(0.05 if left else 0)
     if left:
-        raise RuntimeError(f"processes of {', '.join(server.url for server in left)} do not end, even on SIGKILL")
+        names = ", ".join(f"{server.url} (process group {server.process.pid})" for server in left if server.process is not None)
+        raise EngineFailedError(f"servers do not end, even on SIGKILL, and hold their memory: {names}")
     for server in servers:
         server.process = None

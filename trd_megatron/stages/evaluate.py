@@ -15,7 +15,7 @@ from trd_megatron.evaluate import avg_at_k, pass_at_k
 from trd_megatron.records import PROBLEM, TRAJECTORY
 from trd_megatron.run_dir import Manifest, RunDir, merge_shards, write_json
 from trd_megatron.stages import prepare
-from trd_megatron.stages.generate import Author, check_version, counts, generate, graded_columns
+from trd_megatron.stages.generate import Author, check_version, claim, counts, generate, graded_columns
 from trd_megatron.stages.rollout import student_tasks
 
 
@@ -35,6 +35,7 @@ def run_student(config: Config, run_dir: RunDir, folder: Path, engines: Engines)
 
 def _run(config: Config, run_dir: RunDir, folder: Path, engines: Engines, weights: Weights, name: str) -> dict[str, Any]:
     settings = config.evaluate
+    claim(folder, weights)
     chat = Chat(weights.path, config.data.prompt_format, config.student.chat_template_kwargs)
     author = Author("student", weights, name, chat)
     figures: dict[str, Any] = {}

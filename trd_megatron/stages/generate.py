@@ -17,9 +17,10 @@ from trd_megatron.engine.base import EngineFailedError, Generation, Request, Sam
 from trd_megatron.engine.engines import Engines, Role
 from trd_megatron.errors import UserError
 from trd_megatron.progress import bar
-from trd_megatron.run_dir import digest, read_columns, read_shards, shard_path, write_parquet
+from trd_megatron.run_dir import atomic_write, digest, read_columns, read_shards, shard_path, write_parquet
 from trd_megatron.verify import MathVerifier, Verdict
 
+WEIGHTS = ".weights"  # in a stage's folder: the label of those it draws from
 JOURNAL = ".finished"  # in a stage's folder: samples that an engine has finished, of shards that it has not
 GRADED_COLUMNS = ("problem_id", "sample_index", "finish_reason", "passed", "verdict", "response_ids")
 
@@ -115,6 +116,17 @@ def generate(
     (folder / JOURNAL).unlink(missing_ok=True)  # every shard holds its samples now
     table = pa.concat_tables([_checked(folder, index, shard, schema, version) for index, shard in enumerate(shards)])
     return counts(table) | ({"engine": facts} if facts else {})
+
+
+def claim(folder: Path, weights: Weights) -> None:
+    """Notes in a stage's folder which weights its samples are drawn from. Raises UserError if it holds samples of others: weights that
+    were made again with the same settings need not be the same."""
+    path = folder / WEIGHTS
+    if not path.exists():
+        with atomic_write(path) as file:
+            file.write(weights.label)
+    elif (found := path.read_text(encoding="utf-8")) != weights.label:
+        raise UserError(f"{folder} holds samples of weights {found}, not of {weights.label}: move it away and run again")
 
 
 def _grade(verifier: MathVerifier, shard: list[Task], generations: list[Generation], texts: list[str]) -> list[Verdict | None]:

@@ -10,13 +10,14 @@ from trd_megatron.errors import UserError
 from trd_megatron.records import REFINED, TRAJECTORY
 from trd_megatron.run_dir import RunDir
 from trd_megatron.stages import prepare
-from trd_megatron.stages.generate import Author, Task, drawn, generate, packed, seed_name
+from trd_megatron.stages.generate import Author, Task, claim, drawn, generate, packed, seed_name
 
 
 def run(config: Config, run_dir: RunDir, folder: Path, engines: Engines) -> dict[str, Any]:
     """In OPSD the student's own servers refine. Skips and counts rollouts that were aborted, or whose problem alone is over the budget."""
     name = config.teacher.path or config.model.path
     weights = teacher_weights(config, run_dir)
+    claim(folder, weights)
     chat = Chat(weights.path, config.data.prompt_format, config.teacher.chat_template_kwargs)
     problems = prepare.read(run_dir)
     tasks, aborted, over = [], 0, 0

@@ -11,7 +11,7 @@ from trd_megatron.prompts import student_prompt
 from trd_megatron.records import TRAJECTORY
 from trd_megatron.run_dir import RunDir
 from trd_megatron.stages import prepare
-from trd_megatron.stages.generate import Author, Task, generate, packed, seed_name
+from trd_megatron.stages.generate import Author, Task, claim, generate, packed, seed_name
 
 
 def student_tasks(chat: Chat, problems: list[dict[str, Any]], samples: int, budget: int, key: str) -> tuple[list[Task], int]:
@@ -31,6 +31,7 @@ def student_tasks(chat: Chat, problems: list[dict[str, Any]], samples: int, budg
 
 def run(config: Config, run_dir: RunDir, folder: Path, engines: Engines) -> dict[str, Any]:
     weights = student_weights(config, run_dir)
+    claim(folder, weights)
     chat = Chat(weights.path, config.data.prompt_format, config.student.chat_template_kwargs)
     stage = config.rollout
     problems = [problem for problem in prepare.read(run_dir).values() if problem["split"] == "train"]

@@ -1,7 +1,9 @@
 """What can be checked before any work is done, so that an hour of generation does not end in a wrong model or layout."""
 
 import os
+from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -13,6 +15,8 @@ from trd_megatron.data import parquet
 from trd_megatron.errors import UserError
 from trd_megatron.learner import versions
 from trd_megatron.learner.stack import Installed, check_shapes, choose
+
+CONTEXT_MARGIN = 2  # SGLang stops so many tokens before the end of the context
 
 
 def check_devices(config: Config) -> None:
@@ -68,6 +72,7 @@ def check_inputs(config: Config) -> None:
         if benchmark != "test" and not parquet.load(parquet.locate(benchmark)):
             raise UserError(f"evaluate.benchmarks: {benchmark} holds no problems")
     student_path = resolve_model(config.model.path)
+    _check_context(config, "student", student_path, ("rollout", "evaluate") if config.teacher.path else ("rollout", "refine", "evaluate"))
     student = Chat(student_path, config.data.prompt_format, config.student.chat_template_kwargs)
     tp = config.learner.tensor_model_parallel_size
     student_architecture = Architecture.from_hf(student_path)
@@ -77,6 +82,7 @@ def check_inputs(config: Config) -> None:
     if config.teacher.path is None:
         return
     teacher_path = resolve_model(config.teacher.path)
+    _check_context(config, "teacher", teacher_path, ("refine",))
     teacher_architecture = Architecture.from_hf(teacher_path)
     teacher_architecture.check_tensor_parallel_size(tp, config.teacher.path)
     check_shapes(config.learner, teacher_architecture, config.teacher.path)
@@ -94,3 +100,19 @@ def check_inputs(config: Config) -> None:
             f"teacher.path={config.teacher.path} has {rows[1]} vocabulary rows, model.path={config.model.path} has {rows[0]}: "
             "full-vocabulary KL needs as many"
         )
+
+
+def _check_context(config: Config, role: str, model: Path, sections: Sequence[str]) -> None:
+    """Raises UserError if a server's context has no room for any prompt beside a stage's responses. A prompt that is too long for what
+    is left is found when the stage begins."""
+    engine = config.engine
+    if engine.kind != "sglang" or not engine.launch:
+        return
+    context = getattr(engine, role).context_length or Architecture.from_hf(model).max_position_embeddings
+    for section in sections:
+        response = getattr(config, section).max_response_tokens
+        if response + CONTEXT_MARGIN >= context:
+            raise UserError(
+                f"{section}.max_response_tokens={response} leaves no room for a prompt in the {role} servers' context of {context} tokens: "
+                f"lower it, or raise engine.{role}.context_length"
+            )

@@ -77,6 +77,14 @@ def test_one_round_has_the_fingerprints_of_the_first_of_two(tmp_path: Path) -> N
     assert one["report"] != two["report"]
 
 
+def test_samples_of_weights_made_again_are_refused(tmp_path: Path) -> None:
+    first = Weights(tmp_path, 1, "a" * 64)
+    generate.claim(tmp_path, first)
+    generate.claim(tmp_path, first)
+    with pytest.raises(UserError, match=rf"^{tmp_path} holds samples of weights 1-a+, not of 1-b+: move it away"):
+        generate.claim(tmp_path, Weights(tmp_path, 1, "b" * 64))
+
+
 def test_settings_of_other_engines_change_nothing(tmp_path: Path) -> None:
     opd = ["engine=sglang_cpu", "mode=opd", "teacher.path=builtin:tiny-qwen3-teacher"]
     before = fingerprints(*smoke(tmp_path / "run", *opd))

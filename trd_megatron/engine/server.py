@@ -233,7 +233,7 @@ def start_all(groups: Sequence[LaunchedServers]) -> None:
 def stop_all(groups: Sequence[LaunchedServers]) -> None:
     """Stops the servers of several roles, all of them whatever happens to one. Raises EngineFailedError as `stop` does."""
     with contextlib.ExitStack() as stack:
-        for group in groups:
+        for group in reversed(groups):
             stack.callback(group.stop)
 
 

@@ -1,5 +1,6 @@
 """The `trd` command: reads the command line, calls one function, prints. Exit codes: 0, 1 failed, 2 wrong input, 130 interrupted."""
 
+import errno
 import os
 import signal
 import sys
@@ -320,14 +321,21 @@ def main() -> None:
         from trd_megatron.engine.base import EngineFailedError
         from trd_megatron.learner.job import LearnerFailedError
 
-        if isinstance(error, EngineFailedError | LearnerFailedError | OSError):
-            fail(f"{type(error).__name__}: {error}", 1)
+        if isinstance(error, EngineFailedError | LearnerFailedError):
+            fail(str(error), 1)
+        if isinstance(error, OSError):
+            full = "; free some and give the same command again" if error.errno == errno.ENOSPC else ""
+            where = "" if error.filename is None else f": {error.filename}"
+            fail(f"{error.strerror or type(error).__name__}{where or f' ({error})'}{full}", 1)
         raise
 
 
 def _interrupted() -> None:
-    converting = sys.argv[1:2] == ["convert"]
-    fail(f"interrupted; {'nothing was written' if converting else 'the same command goes on where it stopped'}", 130)
+    command = sys.argv[1:2]
+    outcome = (
+        "; nothing was written" if command == ["convert"] else "; the same command goes on where it stopped" if command == ["run"] else ""
+    )
+    fail(f"interrupted{outcome}", 130)
 
 
 if __name__ == "__main__":

@@ -388,6 +388,8 @@ def _build(container: Any, values: dict[str, Any]) -> Config:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or ""
         known = dict(leaves())
+        if key in known and isinstance(get(Config(), key), list) and isinstance(values.get(key), str):
+            raise UserError(f"{key} is a list: write {key}=[{values[key]}]") from None
         if key in known:
             raise UserError(f"{key}: {_one_line(error)}") from None
         raise UserError(f"unknown key {key}: {nearest(str(key), list(known))}") from None

@@ -185,8 +185,12 @@ class RunDir:
         """Holds the run for this process. Raises UserError if another process works in it; a dead holder's lock is void."""
         import fcntl
 
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / LOCK).open("w") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / LOCK).open("w")
+        except OSError as error:
+            raise UserError(f"run_dir={self.path} cannot be written ({error.strerror}): choose another run_dir=PATH") from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -142,6 +142,8 @@ def test_a_wrong_word_is_named_with_the_nearest_right_one(override: str, named: 
         ([*ATTACHED, "engine.launch=true"], r"engine\.student\.urls names servers"),
         ([*ATTACHED, "mode=opd", "teacher.path=builtin:tiny-qwen3-teacher"], r"engine\.teacher\.urls is empty"),
         ([*ATTACHED[:2], "engine.student.urls=[localhost:30000]"], r"'localhost:30000' is no URL"),
+        ([*ATTACHED[:2], "engine.student.urls=http://a:1"], r"engine\.student\.urls is a list: write engine\.student\.urls=\[http://a:1\]"),
+        ([*ATTACHED[:2], "engine.student.urls=['http://me:pw@a:1']"], r"names and passwords in a URL"),
         ([*ATTACHED[:2], "engine.student.urls=['http://a:1','http://a:1']"], r"names a server twice"),
         ([*ATTACHED, "engine.student.mem_fraction_static=1"], r"mem_fraction_static=1"),
         ([*ATTACHED, "engine.student.fp8=true"], r"engine\.student\.fp8=true needs engine\.device=cuda"),

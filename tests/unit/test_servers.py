@@ -179,7 +179,7 @@ class Scripted:
     def servers(self, count: int = 1, **kwargs: Any) -> LaunchedServers:
         engine = EngineConfig(kind="sglang", launch=True, python=sys.executable, start_timeout_s=20)
         engine.student.data_parallel_size = count
-        made = LaunchedServers("student", weights(), engine, self.logs, self.said.append, **kwargs)
+        made = LaunchedServers("student", weights(), engine, kwargs.pop("logs", self.logs), self.said.append, **kwargs)
         self.made.append(made)
         return made
 
@@ -305,7 +305,7 @@ def test_wrong_flag_is_the_users_or_the_versions(scripted: Scripted) -> None:
 
 
 def test_server_that_outlives_sigkill_is_an_error(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
-    servers, other = scripted.servers(), scripted.servers()
+    servers, other = scripted.servers(), scripted.servers(logs=scripted.logs / "other")
     start_all([servers, other])
     ended = server.end_groups
 
@@ -342,6 +342,15 @@ def test_no_server_lives_while_the_learner_has_the_gpus(scripted: Scripted, tmp_
         engines.open("student", weights(1), tmp_path / "journal")
         assert len(alive(scripted.pids)) == 1
     assert not alive(scripted.pids)
+
+
+def test_one_process_writes_the_logs_of_a_role(scripted: Scripted) -> None:
+    first = scripted.servers()
+    first.start()
+    with pytest.raises(UserError, match=rf"^other student servers write their logs to {scripted.logs}: .*run_dir"):
+        scripted.servers().start()
+    first.stop()
+    scripted.servers().start()
 
 
 def test_ports_that_cannot_be_had(scripted: Scripted) -> None:

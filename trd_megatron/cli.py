@@ -81,7 +81,8 @@ def run(
     if allow_untested:
         os.environ[versions.ALLOW] = "1"
     run_dir = RunDir(config.run_dir, config.name)
-    console.print(f"[bold]{config.name}[/bold]: method {config.method.name}, {config.mode}, in {run_dir.path}")
+    does = f"evaluates {config.model.path}" if config.job == "evaluate" else f"method {config.method.name}, {config.mode}"
+    console.print(f"{config.name}: {does}, in {run_dir.path}", highlight=False, markup=False)
     started = time.monotonic()
     rows: list[tuple[pipeline.Work, Manifest, bool]] = []
 
@@ -219,6 +220,8 @@ def doctor(
     from trd_megatron.config import load
 
     config = load(overrides or [])
+    if config.job == "evaluate":
+        raise UserError("--engine compares the engine with the learner, and job=evaluate has none: name an experiment that trains")
     from trd_megatron import preflight, scoring_check
 
     preflight.check_devices(config)

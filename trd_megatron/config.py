@@ -150,9 +150,22 @@ class EngineConfig:
 
 
 @dataclass
+class CodeVerifyConfig:
+    timeout_s: float = opt(10.0, "Wall-clock limit of one test of a program, in seconds.", layout=True)
+    total_timeout_s: float = opt(120.0, "Wall-clock limit of all tests of a program together, in seconds.", layout=True)
+    memory_mb: int = opt(1024, "Memory that a program may take, in MB.", layout=True)
+    allow_unsandboxed: bool = opt(
+        False, "Run generated programs where this machine gives no full sandbox (`trd doctor` says what is missing).", layout=True
+    )
+
+
+@dataclass
 class VerifyConfig:
-    timeout_s: float = opt(10.0, "Wall-clock limit per graded answer, in seconds.")
+    """How responses are graded. A change makes nothing stale: it is for what is generated from then on, and for `trd grade`."""
+
+    timeout_s: float = opt(10.0, "Wall-clock limit per graded answer, in seconds.", layout=True)
     workers: int = opt(2, "Grading processes.", layout=True)
+    code: CodeVerifyConfig = opt(CodeVerifyConfig, "Grading of programs.")
 
 
 @dataclass
@@ -237,7 +250,7 @@ class ExportConfig:
 @dataclass
 class EvaluateConfig(SamplingConfig):
     benchmarks: list[str] = opt(["test"], "test: the run's held-out problems; or paths of .parquet/.jsonl files.")
-    samples: int = opt(16, "Samples per problem; Avg@k and Pass@k use k = samples.")
+    samples: int = opt(16, "Samples per problem; Avg@k uses k = samples, Pass@k every k up to it.")
     top_k: int = opt(-1, "Candidates per token; -1: the whole vocabulary.")
     max_prompt_tokens: int = opt(4096, "Prompt budget in tokens.")
     max_response_tokens: int = opt(38912, "Response budget in tokens.")
@@ -257,6 +270,9 @@ class LoggingConfig:
 @dataclass
 class Config:
     name: str = opt(MISSING, "Name of the experiment.")
+    job: str = opt(
+        "distill", "distill: the whole pipeline. evaluate: only benchmarks, of the model at model.path.", choices=("distill", "evaluate")
+    )
     run_dir: str = opt("runs/${name}", "Folder of the run.", layout=True)
     seed: int = opt(0, "Seed of everything that is drawn.")
     rounds: int = opt(1, "Times that rollout, refine and train are repeated, each time with the newest student.")

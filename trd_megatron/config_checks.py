@@ -14,7 +14,8 @@ POSITIVE = (
     "rounds", "engine.batch_size", "engine.max_outstanding", "engine.attempts", "engine.connect_timeout_s", "engine.read_timeout_s",
     "engine.request_timeout_s", "engine.start_timeout_s", "engine.give_up_after_s", "engine.student.data_parallel_size",
     "engine.student.tensor_parallel_size", "engine.teacher.data_parallel_size", "engine.teacher.tensor_parallel_size",
-    "verify.timeout_s", "verify.workers", "method.divergence.temperature",
+    "verify.timeout_s", "verify.workers", "verify.code.timeout_s", "verify.code.total_timeout_s", "verify.code.memory_mb",
+    "method.divergence.temperature",
     "learner.tensor_model_parallel_size", "learner.context_parallel_size", "learner.data_parallel_size",
     "learner.max_tokens_per_micro_batch", "learner.kl_chunk_tokens", "learner.global_batch_size", "learner.epochs",
     "learner.learning_rate", "learner.clip_grad",
@@ -76,8 +77,6 @@ def _check_precision(learner: LearnerConfig) -> None:
 def _check_data(config: Config) -> None:
     if config.task == "code" and config.data.source != "file":
         raise UserError(f"task=code needs data.source=file, with the columns problem and tests; {config.data.source} has no code problems")
-    if config.task == "code" and config.evaluate.benchmarks:
-        raise UserError("task=code: programs are not graded yet, so that nothing can be evaluated: set evaluate.benchmarks=[]")
     if config.data.source == "file" and config.data.path is None:
         raise UserError("data.source=file needs data.path, a .parquet or .jsonl file")
     if config.data.source == "arithmetic" and config.data.path is not None:
@@ -86,7 +85,21 @@ def _check_data(config: Config) -> None:
         raise UserError("data.source=arithmetic makes as many problems as you ask for: set data.train_problems")
     if config.data.test_problems < 0:
         raise UserError("data.test_problems must be 0 or above")
-    if config.data.test_problems == 0 and "test" in config.evaluate.benchmarks:
+
+
+def _check_evaluate(config: Config) -> None:
+    held_out = "test" in config.evaluate.benchmarks
+    if config.job == "evaluate":
+        if held_out:
+            raise UserError(
+                "evaluate.benchmarks has 'test', the held-out problems of a training run, which job=evaluate has not: "
+                "name benchmarks or files, e.g. a run's problems in a .jsonl"
+            )
+        if not config.evaluate.benchmarks:
+            raise UserError("job=evaluate needs benchmarks: set evaluate.benchmarks=[NAME_OR_FILE, ...]")
+        if config.rounds > 1:
+            raise UserError(f"rounds={config.rounds}: job=evaluate trains nothing, it has one round")
+    elif held_out and config.data.test_problems == 0:
         raise UserError("evaluate.benchmarks has 'test', which needs data.test_problems above 0")
     names = [benchmark_name(benchmark) for benchmark in config.evaluate.benchmarks]
     for name in names:
@@ -209,8 +222,10 @@ def check(config: Config) -> None:
         raise UserError("mode=opd needs a teacher: set teacher.path, or mode=opsd")
     if config.mode == "opsd" and config.teacher.path is not None:
         raise UserError("mode=opsd teaches with the student itself: set teacher.path=null, or mode=opd")
-    _check_data(config)
-    _check_learner(config)
+    _check_evaluate(config)
+    if config.job == "distill":
+        _check_data(config)
+        _check_learner(config)
     _check_servers(config)
     divergence = config.method.divergence
     if not 0 < divergence.beta < 1:

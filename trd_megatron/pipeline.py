@@ -1,7 +1,7 @@
 """The stages in order, round after round, and nothing else: which there are, what each reads, which are done, and running the others."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -48,7 +48,7 @@ class Stage:
 
 
 _TEACHER_PROMPT = ("refine.max_prompt_tokens", "refine.max_reference_tokens", "refine.initial_solution")
-_PROMPT = ("data.prompt_format", "student", "seed", "engine", "verify")
+_PROMPT = ("data.prompt_format", "student", "seed", "engine")
 STAGES = (
     Stage("prepare", "problems", prepare.run, ("data.source", "data.train_problems", "data.test_problems", "task", "seed"),
           reads_data=True, rounds="first"),
@@ -72,7 +72,10 @@ GROUPS = tuple(dict.fromkeys(stage.group for stage in STAGES))
 
 
 def wanted(config: Config) -> list[Stage]:
-    """The stages of this configuration: a method that trains on y_o needs no refinement, a fully trained model has no adapter."""
+    """The stages of this configuration: a method that trains on y_o needs no refinement, a fully trained model has no adapter;
+    job=evaluate has only the benchmarks of the model it is given, as base."""
+    if config.job == "evaluate":
+        return [stage for stage in STAGES if stage.name in ("evaluate/base", "report")]
     unwanted = set()
     if config.method.trajectory != "refined":
         unwanted.add("refine")
@@ -170,7 +173,8 @@ def _read_name(name: str, config: Config) -> tuple[int | None, str]:
         raise UserError(f"no stage '{name}': stages are {', '.join(GROUPS)}")
     stages = [stage for stage in wanted(config) if stage.group == group]
     if not stages:
-        raise UserError(f"method={config.method.name} trains on y_o and has no stage {group}")
+        why = "job=evaluate" if config.job == "evaluate" else f"method={config.method.name} trains on y_o and"
+        raise UserError(f"{why} has no stage {group}")
     if number is not None and not any(number in stage.rounds_of(config) for stage in stages):
         raise UserError(f"no stage '{name}': with rounds={config.rounds}, {group} is in round {_span(stages[-1].rounds_of(config))}")
     return number, group
@@ -178,6 +182,13 @@ def _read_name(name: str, config: Config) -> tuple[int | None, str]:
 
 def _span(numbers: range) -> str:
     return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+
+
+def write_summary(done: Iterable[Work], view: RunDir) -> None:
+    """eval/summary.json of the view's round, of the evaluations among `done`: the base's, and of this round's student."""
+    scored = [work for work in done if work.stage.name == "evaluate/base" or (work.stage.name, work.run_dir) == ("evaluate/student", view)]
+    base = [work.run_dir for work in scored if work.stage.name == "evaluate/base"]
+    evaluate.write_summary(base[0] if base else view, view, {work.stage.name.split("/")[1] for work in scored})
 
 
 def _do(work: Work, engines: Engines) -> dict[str, Any]:
@@ -214,8 +225,11 @@ def run(
         named = [index for index, work in enumerate(todo) if work.is_named(*end)]
         todo = todo[: 1 + max(index for index in named if todo[index].run_dir.round == todo[named[0]].run_dir.round)]
     runs = [work for work in todo if chosen is None or work.is_named(*chosen)]
-    if any(work.stage.name == "train" and (again or work.folder.state() != "done") for work in runs):
+    working = [work.stage for work in runs if again or work.folder.state() != "done"]
+    if any(stage.name == "train" for stage in working):
         preflight.check_training(config)
+    if any(stage.generates for stage in working):
+        preflight.check_grading(config)
     with run_dir.lock(), Engines(config, run_dir.path / "servers", say) as engines:
         run_dir.write_config(to_dict(config))
         done: set[Work] = set()
@@ -243,6 +257,5 @@ def run(
                 folder.close(manifest, counts, time.monotonic() - started)
             done.add(work)
             if stage.group == "evaluate":
-                models = {each.stage.name for each in done if each.stage.group == "evaluate" and each.run_dir.round == view.round}
-                evaluate.write_summary(view, {name.split("/")[1] for name in models})
+                write_summary(done, view)
             on_stage(work, manifest, skipped)

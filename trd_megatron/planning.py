@@ -65,6 +65,8 @@ def tables(config: Config) -> Iterator[RenderableType]:
     for work in works(config, run_dir):
         stages.add_row(work.name, MEANING[work.folder.state()], _settings_line(config, work.stage.name))
     yield stages
+    if config.job == "evaluate":  # the sizes are those of training
+        return
     yield _needs(config, run_dir)
 
 
@@ -151,6 +153,8 @@ def sample(config: Config) -> Text:
 
     Raises UserError where even the problems would have to be downloaded first.
     """
+    if config.job == "evaluate":
+        raise UserError("--show-sample shows a training sequence, and job=evaluate trains nothing")
     run_dir = RunDir(config.run_dir, config.name).in_round(0, config.rounds)
     chat = Chat(resolve_model(config.model.path), config.data.prompt_format, config.student.chat_template_kwargs)
     first = (work for work in works(config, run_dir) if work.run_dir.round == 0)
@@ -165,10 +169,14 @@ def sample(config: Config) -> Text:
     return coloured(chat, sequence(prompt, chat.encode(problem.get("reference_solution") or problem["answer"])))
 
 
+def _does(config: Config) -> str:
+    return f"evaluates {config.model.path}" if config.job == "evaluate" else f"method {config.method.name}"
+
+
 def status(run_path: Path) -> Table:
     """The stages of a run with counts and rates. Raises UserError if `run_path` is no run."""
     config = from_dict(read_config(run_path))
-    table = Table("stage", "state", "done", "rate", "seconds", title=f"{config.name}, method {config.method.name}, in {run_path}")
+    table = Table("stage", "state", "done", "rate", "seconds", title=f"{config.name}, {_does(config)}, in {run_path}")
     for work in works(config, RunDir(run_path, config.name)):
         folder = work.folder
         manifest = Manifest.read(folder.folder)

@@ -13,6 +13,7 @@ from trd_megatron.data import parquet
 from trd_megatron.errors import UserError
 from trd_megatron.learner import versions
 from trd_megatron.learner.stack import Installed, check_shapes, choose
+from trd_megatron.verify.grader import kind
 
 
 def check_devices(config: Config) -> None:
@@ -33,7 +34,7 @@ def check_devices(config: Config) -> None:
                     "counted from 0: ask for fewer"
                 )
     ranks = config.learner.ranks
-    if config.learner.device == "cuda" and gpus < ranks:
+    if config.job == "distill" and config.learner.device == "cuda" and gpus < ranks:
         raise UserError(
             f"learner.device=cuda with {ranks} ranks (learner.tensor_model_parallel_size x context_parallel_size x data_parallel_size), "
             f"but this machine has {gpus} usable GPUs: choose learner=cpu{', or fewer ranks' if gpus else ''}"
@@ -57,12 +58,35 @@ def check_training(config: Config) -> None:
         )
 
 
+def check_grading(config: Config) -> None:
+    """Raises UserError if programs are to be graded, and this machine cannot shut them in."""
+    if config.verify.code.allow_unsandboxed:
+        return
+    trains_on_code = config.job == "distill" and config.task == "code"
+    if not trains_on_code and not any(_has_code(config, benchmark) for benchmark in config.evaluate.benchmarks if benchmark != "test"):
+        return
+    from trd_megatron.verify import sandbox
+
+    level = sandbox.level()
+    if not level.full:
+        raise UserError(
+            f"programs that the model writes are run to grade them, and this machine gives no full sandbox ({level.reason}): "
+            "use another, or set verify.code.allow_unsandboxed=true where they can do no harm"
+        )
+
+
+def _has_code(config: Config, benchmark: str) -> bool:
+    return any(kind({"task": config.task} | problem) == "code" for problem in parquet.load(parquet.locate(benchmark)))
+
+
 def check_inputs(config: Config) -> None:
     """Checks models, tokenizers, the parallel layout and the benchmarks' files. Raises UserError that names the key to change."""
     for benchmark in config.evaluate.benchmarks:
         if benchmark != "test" and not parquet.load(parquet.locate(benchmark)):
             raise UserError(f"evaluate.benchmarks: {benchmark} holds no problems")
     student_path = resolve_model(config.model.path)
+    if config.job == "evaluate":  # any model that the engine can load
+        return
     student = Chat(student_path, config.data.prompt_format, config.student.chat_template_kwargs)
     tp = config.learner.tensor_model_parallel_size
     student_architecture = Architecture.from_hf(student_path)

@@ -171,6 +171,41 @@ def report(run_path: RunPath) -> None:
 
 
 @app.command()
+def grade(
+    run_path: RunPath,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[verify.KEY=VALUE]...", help="Other settings of the grading.")] = None,
+) -> None:
+    """Grade the samples of a run anew, without drawing any: rollouts, rewrites and evaluations of every round.
+
+    The scores, and the report if there is one, follow. Nothing becomes stale: training has used the labels only for its diagnostics.
+    Interrupted, the same command goes on.
+
+    [bold]Examples[/bold]
+
+      trd grade runs/quickstart
+
+      trd grade runs/quickstart verify.timeout_s=30 verify.workers=8
+    """
+    from trd_megatron.config import from_dict
+    from trd_megatron.run_dir import RunDir, read_config
+
+    config = from_dict(read_config(run_path), overrides or [], section="verify")
+    from trd_megatron import regrade
+
+    run_dir = RunDir(run_path, config.name)
+    changes = regrade.regrade(config, run_dir)
+    table = Table("samples of", "graded", "verdict before", "now", "samples", title="Verdicts that changed")
+    for label, old, new, count in changes.lines():
+        table.add_row(label, f"{changes.of[label].total()}", old, new, f"{count}")
+    if table.row_count:
+        output.print(table)
+    changed = sum(count for *_, count in changes.lines())
+    console.print(f"{changes.samples} samples graded, {changed} verdicts changed", highlight=False)
+    if changed and any(run_path.rglob("samples.parquet")):
+        console.print("training is not repeated: it used the old labels, for its diagnostics only", highlight=False)
+
+
+@app.command()
 def doctor(
     overrides: Overrides = None,
     engine: Annotated[

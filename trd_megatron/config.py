@@ -14,6 +14,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -346,6 +347,20 @@ def _one_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
+def _parse(text: str) -> Override:
+    if "=" not in text:
+        raise UserError(f"'{text}' is not key=value, e.g. experiment=smoke")
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise UserError(f"cannot read '{text}': {_one_line(error)}") from None
+    if override.is_delete() or override.is_add():
+        raise UserError(f"'{text}': write key=value; keys are neither added nor deleted")
+    if override.package is not None:
+        raise UserError(f"'{text}': write group=option, without a package")
+    return override
+
+
 def load(overrides: Sequence[str]) -> Config:
     """Composes conf/ with `overrides` ("experiment=smoke", "learner.learning_rate=1e-4") and checks the result.
 
@@ -355,17 +370,8 @@ def load(overrides: Sequence[str]) -> Config:
     values: dict[str, Any] = {}
     group_names = groups()
     for text in overrides:
-        if "=" not in text:
-            raise UserError(f"'{text}' is not key=value, e.g. experiment=smoke")
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            raise UserError(f"cannot read '{text}': {_one_line(error)}") from None
+        override = _parse(text)
         key = override.key_or_group
-        if override.is_delete() or override.is_add():
-            raise UserError(f"'{text}': write key=value; keys are neither added nor deleted")
-        if override.package is not None:
-            raise UserError(f"'{text}': write group=option, without a package")
         if key in group_names:
             if any(earlier.startswith(f"{key}=") for earlier in chosen):
                 raise UserError(f"{key} is given twice: keep one")
@@ -389,9 +395,16 @@ def load(overrides: Sequence[str]) -> Config:
     return _build(OmegaConf.to_container(composed), values)
 
 
-def from_dict(values: dict[str, Any]) -> Config:
-    """Rebuilds the configuration that `to_dict` wrote. Raises UserError as `load` does."""
-    return _build(values, {})
+def from_dict(values: dict[str, Any], overrides: Sequence[str] = (), section: str = "") -> Config:
+    """Rebuilds the configuration that `to_dict` wrote, with changes to one section of it. Raises UserError as `load` does."""
+    changes = {}
+    for text in overrides:
+        override = _parse(text)
+        if not override.key_or_group.startswith(f"{section}."):
+            raise UserError(f"'{text}': only {section}.* can be changed here")
+        _check_key(override.key_or_group)
+        changes[override.key_or_group] = override.value()
+    return _build(values, changes)
 
 
 def _build(container: Any, values: dict[str, Any]) -> Config:

@@ -70,15 +70,15 @@ def regrade(config: Config, run_dir: RunDir) -> Changes:
 
     Raises UserError if there are none, if another process works in the run, or if programs cannot be run safely here.
     """
-    if not run_dir.config_file.exists():
-        raise UserError(f"{run_dir.path} is not a run directory: it has no config.yaml")
     preflight.check_grading(config)
     with run_dir.lock():
         works = list(pipeline.works(config, run_dir))
         current = [work for work in works if work.stage.generates and _is_current(work)]
         files = [file for work in current for file in _files(work)]
         if not files:
-            raise UserError(f"{run_dir.path} holds no samples that were made with its settings: `trd status {run_dir.path}` shows its stages")
+            raise UserError(
+                f"{run_dir.path} holds no samples that were made with its settings: `trd status {run_dir.path}` shows its stages"
+            )
         changes = _grade_files(config, run_dir, files)
         for work in current:
             _recount(work)

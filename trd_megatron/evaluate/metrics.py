@@ -11,6 +11,7 @@ RESAMPLES = 10_000
 CONFIDENCE = 0.95
 _SEED = 0  # of the resampling: the same outcomes always give the same interval
 _AT_ONCE = 4_000_000  # numbers in memory while resampling
+_ROUNDING = 1e-9  # a spread below it is that of floats
 
 Floats = NDArray[np.float64]
 
@@ -61,6 +62,8 @@ def intervals(values: Floats) -> list[list[float] | None]:
         means[start : start + size] = times @ values / problems
     tail = (1 - CONFIDENCE) / 2
     return [
-        [float(bound) for bound in np.quantile(means[:, column], [tail, 1 - tail])] if problems > 1 and np.ptp(values[:, column]) > 0 else None
+        [float(bound) for bound in np.quantile(means[:, column], [tail, 1 - tail])]
+        if problems > 1 and np.ptp(values[:, column]) > _ROUNDING
+        else None
         for column in range(columns)
     ]

@@ -27,7 +27,9 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
     """run_dir: the view of the last round. Raises UserError if an output of an earlier stage is missing or damaged."""
     views = [run_dir.in_round(number, config.rounds) for number in range(config.rounds)]
     distils = config.job == "distill"
-    scores = [[_benchmark(views[0], view if distils else None, benchmark_name(name)) for name in config.evaluate.benchmarks] for view in views]
+    scores = [
+        [_benchmark(views[0], view if distils else None, benchmark_name(name)) for name in config.evaluate.benchmarks] for view in views
+    ]
     stages = _stages(views, config)
     done = {label: dataclasses.asdict(manifest) for label, (_, manifest) in stages.items() if manifest is not None}
     drawn = {}

@@ -35,8 +35,8 @@ def parse(tests: Any) -> dict[str, Any]:
     if not isinstance(inputs, list) or not isinstance(outputs, list) or not inputs or len(inputs) != len(outputs):
         raise ValueError("needs inputs and outputs, two lists of the same length, at least 1")
     if fn_name is None:
-        if not all(isinstance(text, str) for text in [*inputs, *outputs]):
-            raise ValueError("without fn_name every input and output is a text: what the program reads and writes")
+        if not all(isinstance(line, str) for text in [*inputs, *outputs] for line in (text if isinstance(text, list) else [text])):
+            raise ValueError("without fn_name every input and output is a text, or a list of lines: what the program reads and writes")
     elif not isinstance(fn_name, str) or not all(isinstance(arguments, list) for arguments in inputs):
         raise ValueError("with fn_name every input is the list of the function's arguments")
     return tests

@@ -12,6 +12,9 @@ from pathlib import Path
 from trd_megatron.errors import UserError
 
 
+DOWNLOAD = "where there is a network (`trd prepare --download-only`)"
+
+
 @dataclass(frozen=True)
 class HubFiles:
     """Files of a data set's repository: names in it, or patterns with * such as ALL/train-*.parquet. Every one must match a file."""
@@ -29,13 +32,26 @@ def locate(files: HubFiles, *, way_out: str) -> list[Path]:
     What is cached is not asked for again, so that a run neither needs the network nor changes with the repository; `fetch` does that.
     way_out: what the user can do instead, ends the error's message. Raises UserError if a file cannot be had.
     """
+    try:
+        return _cached(files)
+    except OSError:
+        return fetch(files, way_out=way_out)
+
+
+def is_cached(files: HubFiles) -> bool:
+    """Whether `locate` needs no download."""
+    try:
+        return bool(_cached(files))
+    except OSError:
+        return False
+
+
+def _cached(files: HubFiles) -> list[Path]:
+    """Raises FileNotFoundError if not all of the files are in the cache."""
     from huggingface_hub import snapshot_download
 
-    try:
-        folder = Path(snapshot_download(files.repository, repo_type="dataset", allow_patterns=list(files.patterns), local_files_only=True))
-        return _matching(folder, files)
-    except OSError:  # not cached, or not all of it
-        return fetch(files, way_out=way_out)
+    folder = snapshot_download(files.repository, repo_type="dataset", allow_patterns=list(files.patterns), local_files_only=True)
+    return _matching(Path(folder), files)
 
 
 def fetch(files: HubFiles, *, way_out: str) -> list[Path]:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from trd_megatron.data.hub import HubFiles
 from trd_megatron.errors import UserError
+from trd_megatron.verify import plain_values
 
 FILES = HubFiles("BAAI/TACO", ("ALL/train-*.parquet",))
 COLUMNS = ["question", "solutions", "starter_code", "input_output"]
@@ -53,7 +54,7 @@ def _problem(row: dict[str, Any]) -> dict[str, Any] | str:
         return "no question"
     try:
         tests = _tests(json.loads(row["input_output"] or "{}"))
-    except (ValueError, RecursionError):  # no JSON, or an integer of more digits than Python reads
+    except (ValueError, RecursionError):  # no JSON, an integer of more digits than Python reads, or nested too deeply
         return "unreadable tests"
     if not tests:
         return "no usable tests"
@@ -80,10 +81,8 @@ def _tests(found: Any) -> dict[str, Any] | None:
         return None if any(None in values for values in texts) else {"inputs": texts[0], "outputs": texts[1]}
     if not isinstance(fn_name, str) or not all(isinstance(arguments, list) for arguments in inputs):
         return None
-    if all(isinstance(output, list) and len(output) == 1 for output in outputs):
-        # Many problems wrap every result in a list of one, and nothing says which: the result may be either, as in TACO's own checker.
-        return {"inputs": inputs, "outputs": [[output, output[0]] for output in outputs], "fn_name": fn_name, "compare": "one_of"}
-    return {"inputs": inputs, "outputs": outputs, "fn_name": fn_name}
+    # Many problems wrap every result in a list of one, and nothing says which: the verifier takes [x] and x, as TACO's checker does.
+    return {"inputs": [plain_values.encode(arguments) for arguments in inputs], "outputs": plain_values.encode(outputs), "fn_name": fn_name}
 
 
 def _text(value: Any) -> str | None:

@@ -6,6 +6,7 @@ from omegaconf import MISSING
 
 from trd_megatron.config import Config, LearnerConfig, LoraConfig, benchmark_name, get, leaves, nearest
 from trd_megatron.errors import UserError
+from trd_megatron.evaluate import benchmarks
 
 POSITIVE = (
     "rollout.max_prompt_tokens", "rollout.max_response_tokens", "rollout.samples_per_problem", "rollout.shard_size",
@@ -34,6 +35,7 @@ UNIT_INTERVAL = (
     "learner.adam_beta1",
     "learner.adam_beta2",
 )
+SOURCE_TASKS = {"deepscaler": "math", "champ": "math", "arithmetic": "math", "taco": "code", "human_eval": "code"}  # file: either
 OWN_FLAGS = (
     "--model-path", "--model", "--host", "--port", "--device", "--dtype", "--tp", "--tp-size", "--tensor-parallel-size",
     "--mem-fraction-static", "--context-length", "--quantization", "--weight-version", "--api-key", "--enable-deterministic-inference",
@@ -74,10 +76,17 @@ def _check_precision(learner: LearnerConfig) -> None:
 
 
 def _check_data(config: Config) -> None:
-    if config.task == "code" and config.data.source != "file":
-        raise UserError(f"task=code needs data.source=file, with the columns problem and tests; {config.data.source} has no code problems")
-    if config.task == "code" and config.evaluate.benchmarks:
-        raise UserError("task=code: programs are not graded yet, so that nothing can be evaluated: set evaluate.benchmarks=[]")
+    source = config.data.source
+    if source != "file" and config.task != SOURCE_TASKS[source]:
+        fitting = ", ".join(name for name, task in SOURCE_TASKS.items() if task == config.task)
+        raise UserError(
+            f"data.source={source} has {SOURCE_TASKS[source]} problems: set task={SOURCE_TASKS[source]}, or for task={config.task} one of "
+            f"data.source=file, {fitting}"
+        )
+    for benchmark in config.data.exclude_benchmarks:
+        benchmarks.check(benchmark)
+    if config.data.exclude_benchmarks and source == "arithmetic":
+        raise UserError("data.source=arithmetic makes its problems, which are in no benchmark: set data.exclude_benchmarks=[]")
     if config.data.source == "file" and config.data.path is None:
         raise UserError("data.source=file needs data.path, a .parquet or .jsonl file")
     if config.data.source == "arithmetic" and config.data.path is not None:

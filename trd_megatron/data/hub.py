@@ -51,7 +51,7 @@ def _cached(files: HubFiles) -> list[Path]:
     from huggingface_hub import snapshot_download
 
     folder = snapshot_download(files.repository, repo_type="dataset", allow_patterns=list(files.patterns), local_files_only=True)
-    return _matching(Path(folder), files)
+    return matching(Path(folder), files)
 
 
 def fetch(files: HubFiles, *, way_out: str) -> list[Path]:
@@ -61,7 +61,7 @@ def fetch(files: HubFiles, *, way_out: str) -> list[Path]:
 
     try:
         folder = Path(snapshot_download(files.repository, repo_type="dataset", allow_patterns=list(files.patterns)))
-        return _matching(folder, files)
+        return matching(folder, files)
     except (HTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{files} did not come from the Hugging Face hub ({reason}): {way_out}") from error
@@ -73,7 +73,7 @@ def revision(path: Path) -> str | None:
     return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
 
 
-def _matching(folder: Path, files: HubFiles) -> list[Path]:
+def matching(folder: Path, files: HubFiles) -> list[Path]:
     """Raises FileNotFoundError where a pattern matches nothing, or where one of the parts -00000-of-00009 is missing."""
     found: list[Path] = []
     for pattern in files.patterns:

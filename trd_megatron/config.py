@@ -50,10 +50,15 @@ class TeacherConfig:
 
 @dataclass
 class DataConfig:
-    source: str = opt("file", "Where problems come from.", choices=("file", "deepscaler", "arithmetic"))
-    path: str | None = opt(None, "source=file: your .parquet or .jsonl. source=deepscaler: a local copy (null: the hub).")
+    source: str = opt("file", "Where problems come from.", choices=("file", "deepscaler", "taco", "human_eval", "champ", "arithmetic"))
+    path: str | None = opt(
+        None, "source=file: your .parquet or .jsonl. Other sources: a local copy, taco also a folder (null: the hub, or the package)."
+    )
     train_problems: int | None = opt(None, "Take this many training problems (null: all).")
     test_problems: int = opt(0, "Problems held out for evaluation; never trained on.")
+    exclude_benchmarks: list[str] = opt(
+        [], "Problems that occur in one of these benchmarks are left out: names or files, as in evaluate.benchmarks."
+    )
     prompt_format: str = opt("chat", "chat: the model's chat template. plain: prompt + newline.", choices=("chat", "plain"))
 
 
@@ -277,9 +282,7 @@ class Config:
     run_dir: str = opt("runs/${name}", "Folder of the run.", layout=True)
     seed: int = opt(0, "Seed of everything that is drawn.")
     rounds: int = opt(1, "Times that rollout, refine and train are repeated, each time with the newest student.")
-    task: str = opt(
-        "math", "What kind of problems. Responses to code are generated and trained on, not graded yet.", choices=("math", "code")
-    )
+    task: str = opt("math", "What kind of problems: math has answers, code has tests.", choices=("math", "code"))
     mode: str = opt("opsd", "opsd: self-distillation under the reference solution. opd: another model teaches.", choices=("opd", "opsd"))
     model: ModelConfig = opt(ModelConfig, "Student.")
     student: StudentConfig = opt(StudentConfig, "Student's prompt.")
@@ -438,8 +441,3 @@ def get(config: Config, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
-
-
-def benchmark_name(benchmark: str) -> str:
-    """How results of a benchmark are called: test, or the file's name without its ending."""
-    return benchmark if benchmark == "test" else Path(benchmark).stem

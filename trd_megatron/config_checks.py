@@ -4,8 +4,9 @@ import math
 
 from omegaconf import MISSING
 
-from trd_megatron.config import Config, LearnerConfig, LoraConfig, benchmark_name, get, leaves, nearest
+from trd_megatron.config import Config, LearnerConfig, LoraConfig, get, leaves, nearest
 from trd_megatron.errors import UserError
+from trd_megatron.evaluate import benchmarks
 
 POSITIVE = (
     "rollout.max_prompt_tokens", "rollout.max_response_tokens", "rollout.samples_per_problem", "rollout.shard_size",
@@ -35,6 +36,7 @@ UNIT_INTERVAL = (
     "learner.adam_beta1",
     "learner.adam_beta2",
 )
+SOURCE_TASKS = {"deepscaler": "math", "champ": "math", "arithmetic": "math", "taco": "code", "human_eval": "code"}  # file: either
 OWN_FLAGS = (
     "--model-path", "--model", "--host", "--port", "--device", "--dtype", "--tp", "--tp-size", "--tensor-parallel-size",
     "--mem-fraction-static", "--context-length", "--quantization", "--weight-version", "--api-key", "--enable-deterministic-inference",
@@ -75,8 +77,17 @@ def _check_precision(learner: LearnerConfig) -> None:
 
 
 def _check_data(config: Config) -> None:
-    if config.task == "code" and config.data.source != "file":
-        raise UserError(f"task=code needs data.source=file, with the columns problem and tests; {config.data.source} has no code problems")
+    source = config.data.source
+    if source != "file" and config.task != SOURCE_TASKS[source]:
+        fitting = ", ".join(name for name, task in SOURCE_TASKS.items() if task == config.task)
+        raise UserError(
+            f"data.source={source} has {SOURCE_TASKS[source]} problems: set task={SOURCE_TASKS[source]}, or for task={config.task} one of "
+            f"data.source=file, {fitting}"
+        )
+    for benchmark in config.data.exclude_benchmarks:
+        benchmarks.check(benchmark)
+    if config.data.exclude_benchmarks and source == "arithmetic":
+        raise UserError("data.source=arithmetic makes its problems, which are in no benchmark: set data.exclude_benchmarks=[]")
     if config.data.source == "file" and config.data.path is None:
         raise UserError("data.source=file needs data.path, a .parquet or .jsonl file")
     if config.data.source == "arithmetic" and config.data.path is not None:
@@ -101,10 +112,14 @@ def _check_evaluate(config: Config) -> None:
             raise UserError(f"rounds={config.rounds}: job=evaluate trains nothing, it has one round")
     elif held_out and config.data.test_problems == 0:
         raise UserError("evaluate.benchmarks has 'test', which needs data.test_problems above 0")
-    names = [benchmark_name(benchmark) for benchmark in config.evaluate.benchmarks]
+    names = []
+    for benchmark in config.evaluate.benchmarks:
+        if benchmark != "test":
+            benchmarks.check(benchmark)
+        names.append(benchmarks.name(benchmark))
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"evaluate.benchmarks has two benchmarks named '{name}': rename one of the files")
+            raise UserError(f"evaluate.benchmarks has two benchmarks named '{name}': rename a file, or leave one out")
 
 
 def _check_learner(config: Config) -> None:

@@ -1,7 +1,7 @@
 """The stages in order, round after round, and nothing else: which there are, what each reads, which are done, and running the others."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -10,9 +10,10 @@ from typing import Any, Literal
 from trd_megatron import preflight
 from trd_megatron.builtin_models import model_fingerprint, resolve_model
 from trd_megatron.config import Config, get, leaves, to_dict
-from trd_megatron.data.parquet import locate
+from trd_megatron.data import sources
 from trd_megatron.engine.engines import Engines
 from trd_megatron.errors import UserError
+from trd_megatron.evaluate import benchmarks
 from trd_megatron.run_dir import IN_ROUND, Manifest, RunDir, StageFolder, file_sha256
 from trd_megatron.stages import evaluate, export, prepare, refine, report, rollout, train
 
@@ -50,8 +51,11 @@ class Stage:
 _TEACHER_PROMPT = ("refine.max_prompt_tokens", "refine.max_reference_tokens", "refine.initial_solution")
 _PROMPT = ("data.prompt_format", "student", "seed", "engine")
 STAGES = (
-    Stage("prepare", "problems", prepare.run, ("data.source", "data.train_problems", "data.test_problems", "task", "seed"),
-          reads_data=True, rounds="first"),
+    Stage(
+        "prepare", "problems", prepare.run,
+        ("data.source", "data.train_problems", "data.test_problems", "data.exclude_benchmarks", "task", "seed"), reads_data=True,
+        rounds="first",
+    ),
     Stage("rollout", "rollouts", rollout.run, ("rollout", *_PROMPT), ("prepare",), reads_student=True, generates=True),
     Stage("refine", "refined", refine.run, ("refine", "mode", "teacher", *_PROMPT), ("rollout",), reads_teacher=True, generates=True),
     Stage(
@@ -100,19 +104,27 @@ def _settings(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
 
 def _outside(config: Config, stage: Stage, student: str | None) -> dict[str, str]:
     """Hashes of what a stage reads from outside its round. student: the fingerprint of the stage that made the round's student."""
-    inputs = {}
-    if stage.reads_data and config.data.path is not None:
-        inputs["data.path"] = file_sha256(locate(config.data.path))
+    inputs: dict[str, str] = {}
+    if stage.reads_data:
+        # Only what the user names by its path. A hub's repository may move on, what was prepared from it stays; the manifest says which
+        # revision it was.
+        inputs |= _hashes("data.path", sources.local_files(config.data.path) if config.data.path is not None else [])
+        for spec in config.data.exclude_benchmarks:
+            inputs |= _hashes(f"data.exclude_benchmarks.{benchmarks.name(spec)}", benchmarks.local_files(spec))
     if stage.reads_student:
         inputs["model.path"] = student or _model_hash(config.model.path)
     if stage.reads_teacher:
         self_taught = student if config.teacher.path is None else None
         inputs["teacher.path"] = self_taught or _model_hash(config.teacher.path or config.model.path)
     if stage.reads_benchmarks:
-        for benchmark in config.evaluate.benchmarks:
-            if benchmark != "test":
-                inputs[f"evaluate.benchmarks.{Path(benchmark).name}"] = file_sha256(locate(benchmark))
+        for spec in config.evaluate.benchmarks:
+            inputs |= _hashes(f"evaluate.benchmarks.{benchmarks.name(spec)}", [] if spec == "test" else benchmarks.local_files(spec))
     return inputs
+
+
+def _hashes(key: str, files: Sequence[Path]) -> dict[str, str]:
+    """One hash under the key itself, several under the files' names."""
+    return {key if len(files) == 1 else f"{key}/{file.name}": file_sha256(file) for file in files}
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,9 @@ from trd_megatron.builtin_models import resolve_model
 from trd_megatron.chat import Chat, coloured, sequence
 from trd_megatron.config import Config, from_dict
 from trd_megatron.convert.architecture import Architecture
+from trd_megatron.data import sources
 from trd_megatron.errors import UserError
+from trd_megatron.evaluate import benchmarks
 from trd_megatron.learner.checkpoint_files import saved_steps
 from trd_megatron.learner.stack import precision
 from trd_megatron.pipeline import works
@@ -162,8 +164,8 @@ def sample(config: Config) -> Text:
     if {"prepare", "rollout", "refine" if config.method.trajectory == "refined" else "rollout"} <= current:
         row = build_samples(config, run_dir)[0][0]
         return coloured(chat, sequence(row["student_prompt_ids"], row["response_ids"]))
-    if config.data.source == "deepscaler" and config.data.path is None:
-        raise UserError("--show-sample needs problems: `trd run ... --until prepare` downloads them, or set data.path")
+    if not sources.is_cached(config.data) or not all(map(benchmarks.is_cached, config.data.exclude_benchmarks)):
+        raise UserError("--show-sample needs problems, and the benchmarks they are checked against: `trd prepare ...` downloads them")
     problem = prepare.load(config)[0]
     prompt = chat.prompt_ids(student_prompt(config.task, problem["problem"], problem.get("starter_code")))
     return coloured(chat, sequence(prompt, chat.encode(problem.get("reference_solution") or problem["answer"])))

@@ -9,11 +9,10 @@ from trd_megatron.builtin_models import resolve_model
 from trd_megatron.chat import Chat
 from trd_megatron.config import Config
 from trd_megatron.convert.architecture import Architecture
-from trd_megatron.data import parquet
 from trd_megatron.errors import UserError
+from trd_megatron.evaluate import benchmarks
 from trd_megatron.learner import versions
 from trd_megatron.learner.stack import Installed, check_shapes, choose
-from trd_megatron.verify.grader import kind
 
 
 def check_devices(config: Config) -> None:
@@ -63,7 +62,8 @@ def check_grading(config: Config) -> None:
     if config.verify.code.allow_unsandboxed:
         return
     trains_on_code = config.job == "distill" and config.task == "code"
-    if not trains_on_code and not any(_has_code(config, benchmark) for benchmark in config.evaluate.benchmarks if benchmark != "test"):
+    others = (spec for spec in config.evaluate.benchmarks if spec != "test")
+    if not trains_on_code and not any(problem["task"] == "code" for spec in others for problem in benchmarks.texts(spec)):
         return
     from trd_megatron.verify import sandbox
 
@@ -75,15 +75,11 @@ def check_grading(config: Config) -> None:
         )
 
 
-def _has_code(config: Config, benchmark: str) -> bool:
-    return any(kind({"task": config.task} | problem) == "code" for problem in parquet.load(parquet.locate(benchmark)))
-
-
 def check_inputs(config: Config) -> None:
     """Checks models, tokenizers, the parallel layout and the benchmarks' files. Raises UserError that names the key to change."""
     for benchmark in config.evaluate.benchmarks:
-        if benchmark != "test" and not parquet.load(parquet.locate(benchmark)):
-            raise UserError(f"evaluate.benchmarks: {benchmark} holds no problems")
+        if benchmark != "test":
+            benchmarks.texts(benchmark)
     student_path = resolve_model(config.model.path)
     if config.job == "evaluate":  # any model that the engine can load
         return

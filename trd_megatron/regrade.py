@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trd_megatron import pipeline, preflight
-from trd_megatron.config import Config, benchmark_name, to_dict
+from trd_megatron.config import Config, to_dict
 from trd_megatron.errors import UserError
+from trd_megatron.evaluate import benchmarks
 from trd_megatron.progress import Bar, bar
 from trd_megatron.records import REFINED, TRAJECTORY
 from trd_megatron.run_dir import Manifest, RunDir, atomic_write, origins, with_origins, write_json
@@ -106,11 +107,11 @@ def _files(work: pipeline.Work) -> Iterator[_File]:
             yield _File(path, work.name, REFINED if refined else TRAJECTORY, lambda: prepare.read(view), first)
         return
     for benchmark in config.evaluate.benchmarks:
-        name = benchmark_name(benchmark)
+        name = benchmarks.name(benchmark)
         whole = folder / f"{name}.parquet"
 
         def problems(benchmark: str = benchmark) -> dict[str, dict[str, Any]]:
-            return {row["problem_id"]: row for row in evaluate.problems_of(config, benchmark, view)}
+            return {row["problem_id"]: row for row in evaluate.problems_of(benchmark, view)}
 
         for path in [whole] if whole.exists() else sorted((folder / f".{name}.parts").glob("part-*.parquet")):
             yield _File(path, f"{work.name} {name}", TRAJECTORY, problems)

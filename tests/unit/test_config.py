@@ -19,6 +19,7 @@ METHODS = {  # RECIPE_FACTS: trajectory, divergence, clip, top-K, teacher prompt
 }
 
 
+EVALUATE = ["experiment=evaluate", "model.path=x", "evaluate.benchmarks=[x.jsonl]"]
 ATTACHED = ["experiment=smoke", "engine.kind=sglang", "engine.student.urls=['http://127.0.0.1:30000']"]
 
 
@@ -31,7 +32,7 @@ def refused(*overrides: str) -> str:
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_composes(experiment: str) -> None:
-    config = load([f"experiment={experiment}"])
+    config = load(EVALUATE if experiment == "evaluate" else [f"experiment={experiment}"])
     assert config.name == experiment
     assert config.run_dir == f"runs/{experiment}"
     assert from_dict(to_dict(config)) == config
@@ -136,7 +137,12 @@ def test_a_wrong_word_is_named_with_the_nearest_right_one(override: str, named: 
         (["experiment=smoke", "export.checkpoint=newest"], r"export\.checkpoint=newest"),
         (["experiment=smoke", "evaluate.benchmarks=[test,a/x.jsonl,b/x.jsonl]"], r"two benchmarks named 'x'"),
         (["experiment=smoke", "rounds=0"], r"rounds=0"),
-        (["experiment=smoke", "task=code"], r"evaluate\.benchmarks=\[\]"),
+        (["experiment=evaluate"], r"^model\.path is not set"),
+        ([*EVALUATE[:2]], r"^job=evaluate needs benchmarks: set evaluate\.benchmarks="),
+        ([*EVALUATE[:2], "evaluate.benchmarks=[test]"], r"'test', the held-out problems of a training run"),
+        ([*EVALUATE, "rounds=2"], r"^rounds=2: job=evaluate"),
+        ([*EVALUATE[:2], "evaluate.benchmarks=[aime42]"], r"no benchmark 'aime42': aime24, "),
+        (["experiment=smoke", "verify.code.memory_mb=0"], r"^verify\.code\.memory_mb=0"),
         (["experiment=smoke", "engine.launch=true"], r"engine\.kind=sglang"),
         ([*ATTACHED[:2]], r"engine\.student\.urls is empty"),
         ([*ATTACHED, "engine.launch=true"], r"engine\.student\.urls names servers"),

@@ -117,6 +117,7 @@ def make_run(path: Path, *, method: MethodConfig | None = None, graded: bool = T
         ]
         write_parquet(run_dir.eval / model / "test.parquet", rows, TRAJECTORY)
         made = {"sampling": {"temperature": 0.6}, "engines": [{"name": "local", "torch": "2"}], "graders": [{"math": {"math-verify": "1"}}]}
+        made |= {"source": {"name": "test"}, "in_training": 0}
         counts = {"test": {"samples": 4, "response_tokens": 22, "skipped_over_budget": 0, **made}}
         manifest(run_dir.eval / model, f"evaluate-{model}", counts, 2.0)
     return config, run_dir

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from trd_megatron.chat import Chat
-from trd_megatron.config import Config, benchmark_name
-from trd_megatron.data import parquet
+from trd_megatron.config import Config
+from trd_megatron.data import deduplicate, hub
 from trd_megatron.engine.base import Weights
 from trd_megatron.engine.engines import Engines, student_weights, trained_weights
 from trd_megatron.errors import UserError
-from trd_megatron.evaluate import figures
-from trd_megatron.records import PROBLEM, TRAJECTORY
+from trd_megatron.evaluate import benchmarks, figures
+from trd_megatron.records import TRAJECTORY
 from trd_megatron.run_dir import Manifest, RunDir, merge_shards, origins, write_json
 from trd_megatron.stages import prepare
 from trd_megatron.stages.generate import Author, check_version, counts, generate, graded_columns
@@ -20,11 +20,17 @@ from trd_megatron.stages.rollout import student_tasks
 SAMPLING = ("temperature", "top_p", "top_k", "max_prompt_tokens", "max_response_tokens")
 
 
-def problems_of(config: Config, benchmark: str, run_dir: RunDir) -> list[dict[str, Any]]:
+def problems_of(benchmark: str, run_dir: RunDir) -> list[dict[str, Any]]:
     """Rows of records.PROBLEM. benchmark: as in evaluate.benchmarks."""
     if benchmark == "test":
         return [problem for problem in prepare.read(run_dir).values() if problem["split"] == "test"]
-    return [dict.fromkeys(PROBLEM.names) | problem | {"task": config.task} for problem in parquet.load(parquet.locate(benchmark))]
+    return benchmarks.load(benchmark)
+
+
+def _source(benchmark: str) -> dict[str, Any]:
+    """What the benchmark is called in the settings, and the revision of the hub's repository that was read."""
+    revisions = set() if benchmark == "test" else {hub.revision(path) for path in benchmarks.locate(benchmark)} - {None}
+    return {"name": benchmark} | ({"hub_revision": ", ".join(sorted(map(str, revisions)))} if revisions else {})
 
 
 def run_base(config: Config, run_dir: RunDir, folder: Path, engines: Engines) -> dict[str, Any]:
@@ -39,12 +45,15 @@ def _run(config: Config, run_dir: RunDir, folder: Path, engines: Engines, weight
     settings = config.evaluate
     chat = Chat(weights.path, config.data.prompt_format, config.student.chat_template_kwargs)
     author = Author("student", weights, name, chat)
+    trained = [problem for problem in prepare.read(run_dir).values() if problem["split"] == "train"]  # none with job=evaluate
+    known = deduplicate.texts(trained)
     found: dict[str, Any] = {}
     for benchmark in settings.benchmarks:
-        target = folder / f"{benchmark_name(benchmark)}.parquet"
+        target = folder / f"{benchmarks.name(benchmark)}.parquet"
         parts = folder / f".{target.stem}.parts"
-        problems = problems_of(config, benchmark, run_dir)
-        tasks, skipped = student_tasks(chat, problems, settings.samples, settings.max_prompt_tokens, "evaluate.max_prompt_tokens")
+        problems = problems_of(benchmark, run_dir)
+        plain = benchmarks.plain_prompt(benchmark)
+        tasks, skipped = student_tasks(chat, problems, settings.samples, settings.max_prompt_tokens, "evaluate.max_prompt_tokens", plain)
         if not target.exists():
             parts.mkdir(exist_ok=True)
             generate(config, "evaluate", parts, tasks, settings, settings.shard_size, TRAJECTORY, engines, author)
@@ -53,6 +62,8 @@ def _run(config: Config, run_dir: RunDir, folder: Path, engines: Engines, weight
         check_version(target, TRAJECTORY, weights.version)
         found[target.stem] = measured(target) | {
             "skipped_over_budget": skipped,
+            "in_training": sum(deduplicate.normalise(problem["problem"]) in known for problem in problems),
+            "source": _source(benchmark),
             "sampling": {key: getattr(settings, key) for key in SAMPLING} | {"seed": config.seed},
         }
     return found

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 
 from trd_megatron.config import Config, get, leaves
 from trd_megatron.errors import UserError
+from trd_megatron.evaluate import benchmarks
 from trd_megatron.evaluate.metrics import RESAMPLES
 from trd_megatron.report import html, plots, tables
 from trd_megatron.run_dir import Manifest, RunDir, atomic_write, write_json
-from trd_megatron.stages.evaluate import benchmark_name
 
 SAMPLES_SHOWN = 6
 GRADED = ("problem_id", "sample_index", "finish_reason", "passed", "verdict")
@@ -28,7 +28,7 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
     views = [run_dir.in_round(number, config.rounds) for number in range(config.rounds)]
     distils = config.job == "distill"
     scores = [
-        [_benchmark(views[0], view if distils else None, benchmark_name(name)) for name in config.evaluate.benchmarks] for view in views
+        [_benchmark(views[0], view if distils else None, benchmarks.name(name)) for name in config.evaluate.benchmarks] for view in views
     ]
     stages = _stages(views, config)
     done = {label: dataclasses.asdict(manifest) for label, (_, manifest) in stages.items() if manifest is not None}
@@ -37,13 +37,13 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
         models = {"base": line["base"]} | ({"student": line["method"]} if distils else {})
         drawn[f"pass_curve/{line['benchmark']}"] = plots.pass_curve(models)
         drawn[f"success_lengths/{line['benchmark']}"] = plots.success_lengths(dict(zip(models, rows, strict=True)))
-    benchmarks = [[line for line, _ in lines] for lines in scores]
+    lines = [[line for line, _ in of_round] for of_round in scores]
     figures = {
         "experiment": config.name,
         "job": config.job,
         "student": config.model.path,
         "seed": config.seed,
-        "benchmarks": benchmarks[-1],
+        "benchmarks": lines[-1],
         "resamples": RESAMPLES,
         "stages": [tables.stage(name, done.get(label)) | {"stage": label} for label, (name, _) in stages.items()],
         "versions": tables.library_versions(done),
@@ -51,7 +51,7 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
     }
     samples: list[dict[str, Any]] = []
     if distils:
-        trained, plotted, samples = _training(config, run_dir, views, benchmarks)
+        trained, plotted, samples = _training(config, run_dir, views, lines)
         figures, drawn = figures | trained, drawn | plotted
     page = html.render(figures | {"samples": samples, "help": _help()}, drawn)
     write_json(run_dir.path / "report.json", figures)
@@ -61,7 +61,7 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
 
 
 def _training(
-    config: Config, run_dir: RunDir, views: Sequence[RunDir], benchmarks: Sequence[Sequence[dict[str, Any]]]
+    config: Config, run_dir: RunDir, views: Sequence[RunDir], lines: Sequence[Sequence[dict[str, Any]]]
 ) -> tuple[dict[str, Any], dict[str, str], list[dict[str, Any]]]:
     """(figures, plots, samples) of the last round's trajectories and training, and the comparison of rounds."""
     refines = config.method.trajectory == "refined"
@@ -81,7 +81,7 @@ def _training(
         "trajectories": tables.trajectories(rollouts, refined),
     }
     if len(views) > 1:
-        figures["rounds"] = [_round(view, refines, scores) for view, scores in zip(views, benchmarks, strict=True)]
+        figures["rounds"] = [_round(view, refines, scores) for view, scores in zip(views, lines, strict=True)]
     drawn = {
         "kl": plots.kl(metrics),
         "held_out": plots.held_out(summary["kl_fixed_batch_before"], metrics),
@@ -122,17 +122,19 @@ def _benchmark(first: RunDir, view: RunDir | None, name: str) -> tuple[dict[str,
         raise UserError(f"{(view or first).eval}: {error}; move it away and run again") from None
     manifests = {model: Manifest.read(folder) for model, folder in folders.items()}
     line["made"] = {
-        model: {key: manifest.counts[name][key] for key in ("sampling", "engines", "graders")}
+        model: {key: manifest.counts[name][key] for key in ("source", "sampling", "engines", "graders")}
         for model, manifest in manifests.items()
         if manifest is not None and name in manifest.counts
     }
+    base = manifests["base"]
+    line["in_training"] = base.counts[name]["in_training"] if base is not None and name in base.counts else None
     return line, rows
 
 
-def _round(view: RunDir, refines: bool, benchmarks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _round(view: RunDir, refines: bool, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One line of the table of rounds."""
     rollouts, refined = _rows(_shards(view.rollouts)), _rows(_shards(view.refined)) if refines else None
-    return tables.one_round(view.round, rollouts, refined, json.loads(_text(view.train / "summary.json")), benchmarks)
+    return tables.one_round(view.round, rollouts, refined, json.loads(_text(view.train / "summary.json")), lines)
 
 
 def _text(path: Path) -> str:

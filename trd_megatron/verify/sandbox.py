@@ -32,6 +32,7 @@ ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "HOME": "/tmp",
     "PYTHONHASHSEED": "0",
+    "PYTHONDONTWRITEBYTECODE": "1",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -148,6 +149,9 @@ class Sandbox:
         if "refused" in header:
             self.kill()
             raise Refused(header["refused"])
+        if "broken" in header:
+            self.kill()
+            raise SandboxError(f"the sandbox cannot be built: {_one_line(header['broken'])}")
 
     def _send(self, header: dict[str, Any], body: bytes = b"") -> None:
         if self._link is None:
@@ -177,7 +181,7 @@ class Sandbox:
             raise SandboxError(str(gone)) from None
         if "broken" in answer:
             self.kill()
-            raise SandboxError(" ".join(answer["broken"].split())[-500:])
+            raise SandboxError(_one_line(answer["broken"]))
         if "closed" in answer:
             self.kill()
             return Ended("collapse", "its whole process tree was killed")
@@ -228,6 +232,10 @@ class _Gone(Exception):
 
 class _Overdue(_Gone):
     """The other end does not answer in time."""
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[-500:]
 
 
 def _paths(level: LevelName) -> dict[str, list[str]]:

@@ -31,13 +31,16 @@ def main() -> None:
     walls = jail.Jail(first[0])
     try:
         walls.build()
+        null = os.open("/dev/null", os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(null, descriptor)
+        runner.prepare(first[0]["paths"])
     except (jail.Refused, OSError) as error:
         frames.send(link, {"refused": str(error)})
         return
-    null = os.open("/dev/null", os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        os.dup2(null, descriptor)
-    runner.prepare(first[0]["paths"])
+    except Exception:
+        frames.send(link, {"broken": traceback.format_exc(limit=-3)})
+        return
     frames.send(link, {"ready": True})
     while (message := frames.receive(link)) is not None:
         order = message[0]

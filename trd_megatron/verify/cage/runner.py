@@ -29,19 +29,25 @@ PLAIN_MODULES = (*STAR_MODULES, "sys", "io", "json")
 PRELOADED = ("decimal", "fractions", "array", "queue", "dataclasses", "enum", "abc", "time")  # saves time, changes nothing
 
 _usual_names: dict[str, Any] = {}
-_plain_values: Any = None
+
+
+def _load_plain_values() -> Any:
+    """The package's plain_values.py, by its path: while it can be seen, so at the import of this module."""
+    path = os.path.join(os.path.dirname(_HERE), "plain_values.py")
+    spec = importlib.util.spec_from_file_location("plain_values", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_plain_values = _load_plain_values()
 
 
 def prepare(paths: list[str]) -> None:
     """In the launcher, once: everything that programs share. `paths` are where packages lie, beside the standard library."""
-    global _plain_values
-    here = os.path.dirname(os.path.abspath(__file__))
-    spec = importlib.util.spec_from_file_location("plain_values", os.path.join(here, "..", "plain_values.py"))
-    assert spec is not None and spec.loader is not None
-    _plain_values = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(_plain_values)
-    sys.path[:] = [path for path in sys.path if path != here] + paths
-    sys.dont_write_bytecode = True
+    sys.path[:] = [path for path in sys.path if path != _HERE] + paths
     for name in STAR_MODULES:
         exec(f"from {name} import *", _usual_names)
     for name in (*PLAIN_MODULES, *PRELOADED):

@@ -170,8 +170,7 @@ def _serve_functions(job: dict[str, Any], lines: Any) -> None:
     try:
         module = _new_module("solution", job["setup"])
         exec(compile(job["program"], "<program>", "exec", dont_inherit=True), module.__dict__)
-        solution = module.__dict__.get("Solution")
-        instance = solution() if isinstance(solution, type) and job["methods"] else None
+        solution, instance = module.__dict__.get("Solution"), None
     except BaseException as error:
         _say(_raised(error))
         return
@@ -181,11 +180,13 @@ def _serve_functions(job: dict[str, Any], lines: Any) -> None:
         arguments, keywords = decode(request["arguments"]), decode(request["keywords"])
         name = request["call"]
         try:
-            function = getattr(instance, name, None)
-            if function is None:
-                if name not in module.__dict__:
-                    raise NameError(f"the program defines no {name}")
+            if isinstance(solution, type) and hasattr(solution, name):  # LeetCode's form
+                instance = instance or solution()
+                function = getattr(instance, name)
+            elif name in module.__dict__:
                 function = module.__dict__[name]
+            else:
+                raise NameError(f"the program defines no {name}")
             answer = {"value": encode(function(*arguments, **keywords))}
         except BaseException as error:
             answer = _raised(error)

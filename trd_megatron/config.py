@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from trd_megatron.errors import UserError
 
@@ -420,6 +420,8 @@ def _build(container: Any, values: dict[str, Any]) -> Config:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or ""
         known = dict(leaves())
+        if isinstance(error, MissingMandatoryValue):
+            raise UserError(f"{key} is not set: {known[key].metadata['help']}") from None
         if key in known:
             raise UserError(f"{key}: {_one_line(error)}") from None
         raise UserError(f"unknown key {key}: {nearest(str(key), list(known))}") from None

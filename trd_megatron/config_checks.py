@@ -2,8 +2,6 @@
 
 import math
 
-from omegaconf import MISSING
-
 from trd_megatron.config import Config, LearnerConfig, LoraConfig, get, leaves, nearest
 from trd_megatron.errors import UserError
 from trd_megatron.evaluate import benchmarks
@@ -208,8 +206,6 @@ def check(config: Config) -> None:
         choices = f.metadata["choices"]
         if choices and value not in choices:
             raise UserError(f"{key}={value}: must be one of {', '.join(choices)}; {nearest(str(value), choices)}")
-        if value == MISSING:
-            raise UserError(f"{key} is not set: {f.metadata['help']}")
     for key in POSITIVE:
         if get(config, key) <= 0:
             raise UserError(f"{key}={get(config, key)}: must be above 0")

@@ -13,6 +13,7 @@ from trd_megatron.errors import UserError
 from trd_megatron.evaluate import benchmarks
 from trd_megatron.learner import versions
 from trd_megatron.learner.stack import Installed, check_shapes, choose
+from trd_megatron.verify import sandbox
 
 
 def check_devices(config: Config) -> None:
@@ -58,21 +59,11 @@ def check_training(config: Config) -> None:
 
 
 def check_grading(config: Config) -> None:
-    """Raises UserError if programs are to be graded, and this machine cannot shut them in."""
-    if config.verify.code.allow_unsandboxed:
-        return
+    """Raises UserError if programs are to be run to grade them, and this machine cannot shut them in."""
     trains_on_code = config.job == "distill" and config.task == "code"
     others = (spec for spec in config.evaluate.benchmarks if spec != "test")
-    if not trains_on_code and not any(problem["task"] == "code" for spec in others for problem in benchmarks.texts(spec)):
-        return
-    from trd_megatron.verify import sandbox
-
-    level = sandbox.level()
-    if not level.full:
-        raise UserError(
-            f"programs that the model writes are run to grade them, and this machine gives no full sandbox ({level.reason}): "
-            "use another, or set verify.code.allow_unsandboxed=true where they can do no harm"
-        )
+    if trains_on_code or any(problem["task"] == "code" for spec in others for problem in benchmarks.texts(spec)):
+        sandbox.require(config.verify.code.allow_unsandboxed)
 
 
 def check_inputs(config: Config) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from trd_megatron import __version__
 from trd_megatron.config import VerifyConfig
+from trd_megatron.verify import sandbox
+from trd_megatron.verify.code import CodeVerifier
 from trd_megatron.verify.math import MathVerifier
 from trd_megatron.verify.verdict import Verdict
 
@@ -33,7 +35,7 @@ class Grader:
     def __init__(self, settings: VerifyConfig) -> None:
         self._settings = settings
         self._math = MathVerifier(settings.workers, settings.timeout_s)
-        self._code: Any = None  # CodeVerifier, made when the first program comes: it looks at what this machine's sandbox can do
+        self._code: CodeVerifier | None = None  # made when the first program comes: it looks at what this machine's sandbox can do
 
     def __enter__(self) -> "Grader":
         return self
@@ -41,7 +43,7 @@ class Grader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._math.close()
         if self._code is not None:
-            self._code.__exit__(kind, error, trace)
+            self._code.close()
 
     def facts(self, kinds: set[str]) -> dict[str, Any]:
         """How responses to problems of these kinds are graded: the settings and versions that can change a verdict."""
@@ -51,8 +53,6 @@ class Grader:
             for name in LIBRARIES:
                 found["math"][name] = metadata.version(name)
         if "code" in kinds:
-            from trd_megatron.verify import sandbox
-
             code = self._settings.code
             limits = {"timeout_s": code.timeout_s, "total_timeout_s": code.total_timeout_s, "memory_mb": code.memory_mb}
             found["code"] = limits | {"sandbox": sandbox.level().name, "python": sys.version.split()[0]}
@@ -78,12 +78,10 @@ class Grader:
             for which in kinds:
                 yield None if which is None else next(verdicts[which])
 
-    def _programs(self) -> Any:
+    def _programs(self) -> CodeVerifier:
         if self._code is None:
-            from trd_megatron.verify.code import CodeVerifier
-
             settings = self._settings.code
             self._code = CodeVerifier(
                 self._settings.workers, settings.timeout_s, settings.total_timeout_s, settings.memory_mb, settings.allow_unsandboxed
-            ).__enter__()
+            )
         return self._code

@@ -72,9 +72,9 @@ def check_inputs(config: Config) -> None:
         if benchmark != "test":
             benchmarks.texts(benchmark)
     student_path = resolve_model(config.model.path)
-    if config.job == "evaluate":  # any model that the engine can load
-        return
     student = Chat(student_path, config.data.prompt_format, config.student.chat_template_kwargs)
+    if config.job == "evaluate":  # any model will do that the engine can load
+        return
     tp = config.learner.tensor_model_parallel_size
     student_architecture = Architecture.from_hf(student_path)
     student_architecture.check_student(f"model.path={config.model.path}")

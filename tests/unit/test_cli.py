@@ -102,6 +102,8 @@ def test_wrong_keys(refused) -> None:  # type: ignore[no-untyped-def]
     assert "method=forward_kl trains on y_o and has no stage refine" in refused("method=forward_kl", "--until", "refine")
     assert "no stage 'trian': stages are prepare, rollout" in refused("--until", "trian")
     assert "stage export/adapter reads train, which is not done" in refused("--only", "export")
+    evaluates = ("job=evaluate", "evaluate.benchmarks=[builtin:smoke]", "--until", "train")
+    assert "job=evaluate has no stage train" in refused(*evaluates)
 
 
 def test_wrong_data(refused, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -208,4 +210,4 @@ def test_an_untested_megatron_goes_on_only_when_asked(
     assert trd(*arguments, monkeypatch=monkeypatch, capsys=capsys)[0] == 0
     kept = json.loads((tmp_path / "run/problems/manifest.json").read_text())
     assert (kept["fingerprint"], kept["finished"]) == (allowed["fingerprint"], allowed["finished"])  # skipped: the flag is no setting
-    assert "allow" not in (tmp_path / "run/config.yaml").read_text()
+    assert "untested" not in (tmp_path / "run/config.yaml").read_text()

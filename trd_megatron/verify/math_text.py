@@ -10,6 +10,7 @@ from trd_megatron.verify import math_units
 
 EXACT_DECIMALS = 6  # to which a decimal must agree with the reference
 AMO_DECIMALS = 4  # the same for the answer types number and set, as AMO-Bench grades
+LARGEST_POWER = 4_000  # of ten, that is worked out
 RELATIVE_TOLERANCE = Fraction(1, 10_000)  # a second condition, so that 0.0000001 is not 0.0000002
 
 _SYMBOLS = {
@@ -44,6 +45,8 @@ _RENAMED = {
 }  # fmt: skip
 _RENAME = re.compile(rf"\\({'|'.join(_RENAMED)})(?![a-zA-Z])")
 _DIGIT_GROUP_SPACE = re.compile(r"(?<=[0-9])(?:\\[,;:! ]|~| )(?=[0-9]{3}(?![0-9]))")
+_PERCENT_WORD = re.compile(r"\s*(?:\\text\s*\{\s*(?:percent|pct|%|\\%)\s*\}|\b(?:percent|pct)\b)")
+_DOTS = re.compile(r"\\(?:l|c)?dots|\.\.\.|…")
 _BRACED_COMMA = re.compile(r"\s*\{\s*,\s*\}\s*|(?<=[0-9]),\\!\s*(?=[0-9]{3})")
 _GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _TRAILING = re.compile(r"(?:(?<!\\)[.,;\s]|\\text\s*\{\s*[.,;]?\s*\})+$")
@@ -72,6 +75,7 @@ def normalise(text: str) -> str:
     text = text.replace(r"\!", "").replace(":=", "=")
     text = _RENAME.sub(lambda match: _RENAMED[match[1]] + (" " if _RENAMED[match[1]].startswith("\\") else ""), text)
     text = _TEXT_COMMAND.sub(r"\\text", _LAYOUT.sub("", text))
+    text = _PERCENT_WORD.sub(r"\\%", text)
     text = _LEADING.sub("", _TRAILING.sub("", _SPACE.sub(" ", text))).strip()
     text = _GROUPED.sub(_ungroup, text)
     text = _MINUS_TWICE.sub("", text)
@@ -80,10 +84,10 @@ def normalise(text: str) -> str:
     text = _REPEATING.sub(_repeating_fraction, text)
     text = _BARE_PI.sub(r"\\pi ", text)
     if not _COUNTING_I.search(text.replace(r"\text{i}", "i")):
-        text = _IMAGINARY.sub("I", text)
+        text = _IMAGINARY.sub("{I}", text)  # in braces: the grammar drops the power of a bare I
     if _TRIG.search(text):
         text = _ANGLE.sub(r"{\\frac{\1\\pi}{180}}", text)
-    return _VALUE_FIRST.sub(r"\2=\1", text).strip()
+    return " ".join(_VALUE_FIRST.sub(r"\2=\1", text).split())
 
 
 def _ungroup(match: re.Match[str]) -> str:
@@ -123,6 +127,8 @@ def quick_verdict(gold: str, answer: str, decimals: int) -> bool | tuple[str, st
     """Whether the normalised answer is right where that takes no algebra; otherwise (gold, answer) without units, for math-verify."""
     if gold == answer:
         return True
+    if bool(_DOTS.search(gold)) != bool(_DOTS.search(answer)):  # math-verify drops dots, and 1, 2, ... is no list of two
+        return False
     for decide in (_compare_words, _compare_ratios, _compare_bases):
         decided = decide(gold, answer)
         if decided is not None:
@@ -146,16 +152,12 @@ def _decimal(text: str) -> tuple[str, int] | None:
 
 
 def _compare_numbers(gold: tuple[str, int], answer: tuple[str, int], decimals: int) -> bool:
-    values = []
-    exponent = min(gold[1], answer[1])
-    if max(gold[1], answer[1]) - exponent > 4_000:  # 10 to such a power is not worked out: no two such numbers agree but zeros
-        return Fraction(gold[0]) == Fraction(answer[0]) == 0
-    if abs(exponent) > 4_000:  # so far out that only the ratio counts
-        decimals, exponent = 0, exponent
-        return Fraction(gold[0]) * 10 ** (gold[1] - exponent) == Fraction(answer[0]) * 10 ** (answer[1] - exponent)
-    for digits, power in (gold, answer):
-        values.append(Fraction(digits) * Fraction(10) ** power)
-    return agree(values[0], values[1], decimals)
+    left, right = Fraction(gold[0]), Fraction(answer[0])
+    apart = gold[1] - answer[1]
+    if max(abs(gold[1]), abs(answer[1])) <= LARGEST_POWER:
+        return agree(left * Fraction(10) ** gold[1], right * Fraction(10) ** answer[1], decimals)
+    # Powers that are not worked out. Each number has at most MAX_ANSWER_CHARS digits, so numbers so far apart differ, but for zeros.
+    return left == right == 0 if abs(apart) > LARGEST_POWER else left * Fraction(10) ** apart == right
 
 
 def _plain_words(text: str) -> tuple[str, bool] | None:

@@ -27,26 +27,27 @@ TRIALS = (("17/13", "23/7", "31/19", "41/29", "53/11"), ("9/4", "5/7", "47/17", 
 SLOW = ("Integral", "Sum", "Product", "Limit", "Derivative", "ImageSet", "Piecewise")
 
 
-_ATOM = re.compile(r"(Integer|Float) \('?([0-9.eE+-]+)'? *\)|(Symbol) \('([A-Za-z_]\w*)' *\)|E")
+_ATOM = re.compile(
+    r"(?P<kind>Integer|Float) \('?(?P<digits>[0-9.eE+-]+)'? *\)(?: */ *Integer \((?P<below>[1-9][0-9]*) *\))?|Symbol \('(?P<name>[A-Za-z_]\w*)' *\)|E"
+)
 
 
 def evaluate_atom(code: str, *_: object) -> Any:
-    """Takes the place of sympy's eval_expr, which is Python's eval: one number or symbol is made, everything else is refused.
+    """Takes the place of sympy's eval_expr, which is Python's eval: one number, fraction or symbol is made, everything else is refused.
 
-    Model output is hostile, and only the LaTeX grammar may read it. The library hands number tokens to sympy as text, and
-    simplify() imports units, which are symbols.
+    Model output is hostile, and only the LaTeX grammar may read it. The library hands number tokens to sympy as text, simplify()
+    imports units, which are symbols, and sympy's own tables hold fractions.
     """
     import sympy
 
-    match _ATOM.fullmatch(code.strip()):
-        case None:
-            raise ValueError(f"text is not evaluated as Python: {code[:100]}")
-        case atom if atom[3]:
-            return sympy.Symbol(atom[4])
-        case atom if atom[1]:
-            return (sympy.Integer if atom[1] == "Integer" else sympy.Float)(atom[2])
-        case _:
-            return sympy.E
+    atom = _ATOM.fullmatch(code.strip())
+    if atom is None:
+        raise ValueError(f"text is not evaluated as Python: {code[:100]}")
+    if atom["name"]:
+        return sympy.Symbol(atom["name"])
+    if atom["kind"]:
+        return (sympy.Integer if atom["kind"] == "Integer" else sympy.Float)(atom["digits"]) / int(atom["below"] or 1)
+    return sympy.E
 
 
 _PERCENT = re.compile(r"\s*\\?%$")
@@ -62,24 +63,38 @@ def parse(text: str) -> tuple[Any, str]:
 
     # Units are off: math-verify takes every letter m, g, s, h, t at the end for one, and 3t for 3.
     settings = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False)
+    conversion = ConversionConfig(lowercase_symbols=False)  # n is not N
     plain = normalize_latex(text, settings)
     number, percents = _PERCENT.subn("", plain)
     last = _EQUALS.split(number)
     # math-verify too reads only the last part of a chain of equations that it does not understand as a whole.
-    tries = [number] + ([last[-1]] if len(last) > 2 and not set(",;") & set(number) else [])
-    for latex in tries:
+    for latex in [number] + ([last[-1]] if len(last) > 2 and not set(",;") & set(number) else []):
         try:
-            read = latex2sympy(
-                latex,
-                is_real=not _COMPLEX.search(latex),
-                convert_degrees=False,
-                normalization_config=None,
-                conversion_config=ConversionConfig(lowercase_symbols=False),
-            )
+            real = not _COMPLEX.search(latex)
+            read = latex2sympy(latex, is_real=real, convert_degrees=False, normalization_config=None, conversion_config=conversion)
         except Exception:  # no LaTeX that the grammar knows: then only the text is compared
             continue
         return (convert_to_pct(read) if percents else read), plain
     return None, plain
+
+
+_PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![a-zA-Z])")
+_OR = re.compile(r"\\text\s*\{\s*or\s*\}|(?<![a-zA-Z\\])or(?![a-zA-Z])|\\lor(?![a-zA-Z])")
+
+
+def read(text: str) -> tuple[Any, str]:
+    """Like parse(), and reads two forms more: a single plus-minus inside of a term, and inequalities joined by "or"."""
+    import sympy
+
+    found, plain = parse(text)
+    if found is None and len(_PLUS_MINUS.findall(text)) == 1:
+        both = [parse(_PLUS_MINUS.sub(sign, text))[0] for sign in "+-"]
+        if all(map(is_scalar, both)):
+            found = sympy.FiniteSet(*both)
+    parts = [parse(part.strip())[0] for part in _OR.split(text)]
+    if len(parts) > 1 and all(isinstance(part, sympy.core.relational.Relational) and not isinstance(part, sympy.Eq) for part in parts):
+        found = sympy.Union(*(part.as_set() for part in parts))
+    return found, plain
 
 
 def evaluated(value: Any) -> Any:
@@ -169,7 +184,12 @@ def equal(gold: Any, answer: Any, decimals: int) -> bool:
         decided = None if slow and letters else same_term(left, right, decimals) if letters else same_number(left, right, decimals)
         if decided is not None:
             return decided
-    return verify(gold, answer, float_rounding=decimals, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
+    if verify(gold, answer, float_rounding=decimals, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True):
+        return True
+    inequalities = sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le
+    if isinstance(gold, inequalities) and isinstance(answer, inequalities) and gold.free_symbols == answer.free_symbols:
+        return len(gold.free_symbols) == 1 and gold.as_set() == answer.as_set()
+    return False
 
 
 def members(value: Any) -> list[Any] | None:
@@ -230,7 +250,7 @@ def grade(gold: str, answer: str, answer_type: str | None, points: list[dict[str
     import sympy.core.random
 
     sympy.core.random.seed(0)  # sympy guesses: the same item must get the same verdict wherever it stands in the queue
-    (wanted, wanted_text), (given, given_text) = parse(gold), parse(answer)
+    (wanted, wanted_text), (given, given_text) = read(gold), read(answer)
     if wanted_text == given_text:
         return "pass", ""
     if wanted is None or given is None:

@@ -37,6 +37,7 @@ _LAYOUT = re.compile(
     r"|mathsf|mathnormal|textstyle|fbox|boxed|left\.|right\.|left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*"
 )
 _TEXT_COMMAND = re.compile(r"\\(?:text(?:normal|bf|it|rm|sf|tt|sc|up|md)|mathrm|mbox|operatorname)(?=\s*\{)")
+_NUMBER_AS_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm)\s*\{\s*(-?[0-9.][^{}]*)\}")
 _SPACE = re.compile(r"\\(?:q?quad|thinspace|medspace|thickspace|enspace|hfill)(?![a-zA-Z])|\\[,;: ]|~|\\[hv]space\*?\{[^{}]*\}")
 _RENAMED = {
     "varnothing": r"\emptyset", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "dfrac": r"\frac", "tfrac": r"\frac",
@@ -49,7 +50,7 @@ _PERCENT_WORD = re.compile(r"\s*(?:\\text\s*\{\s*(?:percent|pct|%|\\%)\s*\}|\b(?
 _DOTS = re.compile(r"\\(?:l|c)?dots|\.\.\.|…")
 _BRACED_COMMA = re.compile(r"\s*\{\s*,\s*\}\s*|(?<=[0-9]),\\!\s*(?=[0-9]{3})")
 _GROUPED = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
-_TRAILING = re.compile(r"(?:(?<!\\)[.,;\s]|\\text\s*\{\s*[.,;]?\s*\})+$")
+_TRAILING = re.compile(r"\\text\s*\{\s*[.,;]?\s*\}$")
 _LEADING = re.compile(r"^(?:\s|=|\\approx(?![a-zA-Z]))+")
 _MIXED = re.compile(r"^(-?)\s*([0-9]+)\s+([0-9]+)\s*/\s*([0-9]+)$")
 _E_NOTATION = re.compile(r"(?<![a-zA-Z0-9.])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]+)(?![0-9.a-zA-Z])")
@@ -70,13 +71,17 @@ def normalise(text: str) -> str:
     for opening, closing in _WRAPPED:
         if len(text) > 4 and text.startswith(opening) and text.endswith(closing):
             text = text[2:-2]
+    if (match := _NUMBER_AS_TEXT.fullmatch(text)) is not None:
+        text = match[1]
     text = re.sub(r"(?<!\\)\$", "", text.replace(r"\text{\$}", r"\$"))
     text = _BRACED_COMMA.sub(",", _DIGIT_GROUP_SPACE.sub("", text))
     text = text.replace(r"\!", "").replace(":=", "=")
     text = _RENAME.sub(lambda match: _RENAMED[match[1]] + (" " if _RENAMED[match[1]].startswith("\\") else ""), text)
     text = _TEXT_COMMAND.sub(r"\\text", _LAYOUT.sub("", text))
     text = _PERCENT_WORD.sub(r"\\%", text)
-    text = _LEADING.sub("", _TRAILING.sub("", _SPACE.sub(" ", text))).strip()
+    text = _LEADING.sub("", _SPACE.sub(" ", text)).rstrip(".,; ")
+    while (match := _TRAILING.search(text)) is not None:
+        text = text[: match.start()].rstrip(".,; ")
     text = _GROUPED.sub(_ungroup, text)
     text = _MINUS_TWICE.sub("", text)
     text = _MIXED.sub(lambda m: rf"{m[1]}{m[2]}\frac{{{m[3]}}}{{{m[4]}}}" if int(m[3]) < int(m[4]) else m[0], text)

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 ANSWER_TYPES = ("integer", "latex", "number", "set", "variable")
+MAX_CHARS = 4_000  # keeps a worker's request below the size of a pipe's buffer
 _ASSIGNMENT = re.compile(r"\s*([A-Za-z])\s*=\s*([+-]?[0-9]{1,15}(?:\.[0-9]{1,15}|/[0-9]{0,14}[1-9][0-9]*)?)\s*")
 
 
@@ -23,9 +24,11 @@ def check_points(answer_type: str | None, check_values: str | None) -> list[dict
         return []
     if check_values is None:
         raise ValueError("answer_type 'variable' needs check_values")
+    if len(check_values) > MAX_CHARS:
+        raise ValueError(f"check_values have {len(check_values):,} characters, the limit is {MAX_CHARS:,}")
     try:
         texts: Any = json.loads(check_values)
-    except (TypeError, ValueError):
+    except ValueError:
         texts = None
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f'check_values must be a JSON list such as ["n=1", "n=2"], not {str(check_values)[:100]!r}')

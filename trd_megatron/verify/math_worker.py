@@ -1,8 +1,8 @@
 """The child process that grades math answers with math-verify. Run as a script by trd_megatron.verify.math, never imported by it.
 
 JSON lines: `{"ready": true}` once at the start (or `{"ready": false, "detail": ...}`), then one
-`{"verdict": "pass"|"fail"|"error", "detail": ...}` for each request on stdin:
-`{"gold": ..., "answer": ..., "answer_type": ..., "points": [{"n": "1"}, ...], "decimals": ..., "timeout_s": ...}`.
+`{"item": ..., "verdict": "pass"|"fail"|"error", "detail": ...}` for each request on stdin:
+`{"item": ..., "gold": ..., "answer": ..., "answer_type": ..., "points": [{"n": "1"}, ...], "decimals": ..., "timeout_s": ...}`.
 It imports nothing of this package, so that it starts fast and wherever the parent was started from. The parent enforces the
 time limit by killing it; the alarm here is for a child whose parent was killed itself.
 """
@@ -292,16 +292,17 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}: {message}"
 
 
-def answer_request(line: str) -> dict[str, str]:
+def answer_request(line: str) -> dict[str, Any]:
     """Grades one request line."""
     request = json.loads(line)
+    item = request.pop("item")
     signal.setitimer(signal.ITIMER_REAL, request.pop("timeout_s") + ORPHAN_GRACE_S)  # default action: the kernel ends this process
     try:
         verdict, detail = grade(**request)
     except Exception as error:
         verdict, detail = "error", f"math-verify raised {describe(error)}"
     signal.setitimer(signal.ITIMER_REAL, 0)
-    return {"verdict": verdict, "detail": detail}
+    return {"item": item, "verdict": verdict, "detail": detail}
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ _TABLE = str.maketrans(
 )
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
 _SUPERSCRIPT = re.compile(r"(?<=[\w)}\]])[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+")
+_ORDINAL = re.compile(r"(?<=[0-9])\s*\^\s*\{\s*\\text\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}$")
 _MINUS_TWICE = re.compile(r"^-\s*-\s*(?=\d)")
 
 _LAYOUT = re.compile(
@@ -83,7 +84,7 @@ def normalise(text: str) -> str:
     while (match := _TRAILING.search(text)) is not None:
         text = text[: match.start()].rstrip(".,; ")
     text = _GROUPED.sub(_ungroup, text)
-    text = _MINUS_TWICE.sub("", text)
+    text = _ORDINAL.sub("", _MINUS_TWICE.sub("", text))
     text = _MIXED.sub(lambda m: rf"{m[1]}{m[2]}\frac{{{m[3]}}}{{{m[4]}}}" if int(m[3]) < int(m[4]) else m[0], text)
     text = _E_NOTATION.sub(r"\1\\times 10^{\2}", text)
     text = _REPEATING.sub(_repeating_fraction, text)
@@ -111,12 +112,16 @@ def _repeating_fraction(match: re.Match[str]) -> str:
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
-_DECIMAL = re.compile(r"([+-]?)\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*([+-]?[0-9]+)\s*\}|([0-9])))?")
+_DECIMAL = re.compile(
+    r"([+-]?)\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*([+-]?[0-9]+)\s*\}|([0-9])))?"
+)
 _RATIO = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:\s*:\s*[0-9]+(?:\.[0-9]+)?)+")
 _CLOCK = re.compile(r"[0-9]{1,2}:[0-5][0-9]")
 _BASED = re.compile(r"([0-9A-Za-z]+)_\s*(?:([0-9])|\{\s*(?:\\text\s*\{)?\s*([0-9]+|[a-z]+)\s*\}?\s*\})")
 _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "twelve": 12, "sixteen": 16}
 _WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '.-](?=[^\W\d_]))*")
+_CHOICES = re.compile(r"[A-Z](?:,[A-Z])+")
+_LOWERED = re.compile(r"(?<![a-zA-Z\\{0-9])[0-9]+\s*_")  # a number with an index
 _PLAIN_WORDS = frozenset("yes no true false none odd even all both neither never always one zero infinite finite undefined".split())
 
 
@@ -134,10 +139,12 @@ def quick_verdict(gold: str, answer: str, decimals: int) -> bool | tuple[str, st
         return True
     if bool(_DOTS.search(gold)) != bool(_DOTS.search(answer)):  # math-verify drops dots, and 1, 2, ... is no list of two
         return False
-    for decide in (_compare_words, _compare_ratios, _compare_bases):
+    for decide in (_compare_choices, _compare_words, _compare_ratios, _compare_bases):
         decided = decide(gold, answer)
         if decided is not None:
             return decided
+    if bool(_LOWERED.search(gold)) != bool(_LOWERED.search(answer)):  # the grammar drops the index
+        return False
     gold, gold_unit = math_units.split(gold)
     answer, answer_unit = math_units.split(answer)
     if gold_unit and answer_unit and gold_unit != answer_unit:
@@ -175,16 +182,25 @@ def _plain_words(text: str) -> tuple[str, bool] | None:
         return None
     capital = len(text) > 1 and (text.isupper() or (len(text) > 2 and text[0].isupper() and text[1:].islower()))
     sure = len(text) > 1 and (wrapped or capital or text.lower() in _PLAIN_WORDS or " " in text)
-    return (" ".join(text.split()) if len(text) == 1 else " ".join(text.casefold().split())), sure
+    return (text if len(text) == 1 else " ".join(text.casefold().split())), sure
 
 
 def _compare_words(gold: str, answer: str) -> bool | None:
     gold_words, answer_words = _plain_words(gold), _plain_words(answer)
-    if gold_words and answer_words:
-        if gold_words[0] == answer_words[0]:
-            return True
-        if gold_words[1]:  # words are not products of letters, so "on" is not "no"
-            return False
+    if not gold_words or not answer_words:
+        return None
+    if len(gold) > 1 and gold.isupper() and gold.lower() not in _PLAIN_WORDS and r"\text" not in answer:
+        return gold == answer  # names of points, as in ABC: their case counts
+    if gold_words[1]:  # words are not products of letters, so "on" is not "no"
+        return gold_words[0] == answer_words[0]
+    return True if gold_words[0] == answer_words[0] and len(gold_words[0]) not in (2, 3) else None
+
+
+def _compare_choices(gold: str, answer: str) -> bool | None:
+    """Of several letters to choose, as in "A, C" and "\\text{(C) and (A)}"."""
+    found = [re.sub(r"\\text\s*(?=\{)|[{}()\s]|\\", "", text.replace(" and ", ",")) for text in (gold, answer)]
+    if all(_CHOICES.fullmatch(text) for text in found):
+        return set(found[0].split(",")) == set(found[1].split(","))
     return None
 
 

@@ -50,6 +50,7 @@ _NO_UNIT = re.compile(
     r"|fourths?|fifths?|quarters?|tenths?|hundredths?|squared|cubed|factorial|percent|pct|minus|plus|negative|score|base|mod|per)\b",
     re.IGNORECASE,
 )
+_ORDINALS = ("st", "nd", "rd", "th")
 _TEXT_END = re.compile(r"\\text\s*\{([^{}]*)\}\s*(?:\^\s*\{?\s*([1-9])\s*\}?)?$")
 _DEGREE_END = re.compile(r"\s*(?:\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree)$")
 _WORD_END = re.compile(r"(?<=[\d})\s])\s*(?<![\\a-zA-Z])([a-zA-Z][a-zA-Z/. ]*[a-zA-Z]|(?<=\s)[a-zA-Z])\s*(?:\^\s*\{?\s*([1-9])\s*\}?)?$")
@@ -96,8 +97,7 @@ def split(text: str) -> tuple[str, str | None]:
     unit = _known(words, match[2])
     if unit:
         return before, unit
-    if _NO_UNIT.search(words):
-        return text, None
-    if match.re is _WORD_END and (len(words.split()[-1]) < 3 or match[2]):  # letters: rather a product of variables
+    letters = len(words.split()[-1] if words.split() else "") < 3 or match.re is _WORD_END and match[2]
+    if _NO_UNIT.search(words) or letters and words.strip() not in _ORDINALS:  # letters are rather variables
         return text, None
     return before, None

@@ -21,8 +21,13 @@ ORPHAN_GRACE_S = 1.0  # how long an item may outlive its limit, when no parent i
 DIGITS = 50  # to which exact values are compared
 RELATIVE_TOLERANCE = 1e-4  # of decimals, beside the rounding: math_text.py
 VARIABLE_TOLERANCE = 1e-8  # relative, of the values of a "variable" answer
-# Where letters are tried out: no value is special, and letters get different ones. The first row refutes, all rows together confirm.
-TRIALS = (("17/13", "23/7", "31/19", "41/29", "53/11"), ("9/4", "5/7", "47/17", "3/8", "61/23"), ("-19/12", "29/13", "-7/3", "37/5", "-2/9"))
+# Where letters are tried out: no value is special, and letters get different ones. Positive rows refute, all rows together confirm.
+TRIALS = (
+    ("17/13", "23/7", "31/19", "41/29", "53/11"),
+    ("9/4", "5/7", "47/17", "3/8", "61/23"),
+    ("7", "4", "11", "6", "9"),  # whole numbers tell the floor from the ceiling
+    ("-19/12", "29/13", "-7/3", "37/5", "-2/9"),
+)
 # What a worker's sums, integrals and the like are evaluated by is simplify(), not digits: those can converge slowly.
 SLOW = ("Integral", "Sum", "Product", "Limit", "Derivative", "ImageSet", "Piecewise")
 
@@ -138,6 +143,8 @@ def same_number(gold: Any, answer: Any, decimals: int) -> bool | None:
     """Whether two numbers without letters are equal: to DIGITS digits, or as decimals if one is a decimal; None if sympy cannot say."""
     import sympy
 
+    if not gold.has(sympy.I) and not answer.has(sympy.I):
+        gold, answer = sympy.real_root(gold), sympy.real_root(answer)  # a cube root of -8 is -2, where nothing is complex
     if gold == answer:
         return True
     if any(value.has(sympy.zoo, sympy.nan, sympy.oo, -sympy.oo) for value in (gold, answer)):
@@ -156,7 +163,7 @@ def same_number(gold: Any, answer: Any, decimals: int) -> bool | None:
 
 
 def same_term(gold: Any, answer: Any, decimals: int) -> bool | None:
-    """Whether two terms in the same letters have the same value, by trying: False if they differ where all letters are positive,
+    """Whether two terms in the same letters have the same value, by trying: False if they differ as real numbers where all letters are positive,
     True if they agree everywhere it was tried, None if that does not decide."""
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
     if len(symbols) > len(TRIALS[0]):
@@ -169,7 +176,7 @@ def same_term(gold: Any, answer: Any, decimals: int) -> bool | None:
             found.append(None if left.free_symbols or right.free_symbols else same_number(left, right, decimals))
         except Exception:
             found.append(None)
-        if len(found) < 3 and found[-1] is False and all(value.is_real for value in (left, right)):
+        if not trial[0].startswith("-") and found[-1] is False and all(value.is_real for value in (left, right)):
             return False
     return True if all(found) else None
 

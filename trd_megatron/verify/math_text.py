@@ -112,9 +112,8 @@ def _repeating_fraction(match: re.Match[str]) -> str:
     return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
-_DECIMAL = re.compile(
-    r"([+-]?)\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*([+-]?[0-9]+)\s*\}|([0-9])))?"
-)
+_POWER_OF_TEN = r"\s*(?:\\times|\\cdot|\*)\s*10\s*\^\s*(?:\{\s*([+-]?[0-9]+)\s*\}|([0-9]))"
+_DECIMAL = re.compile(rf"([+-]?)\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:{_POWER_OF_TEN})?")
 _RATIO = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:\s*:\s*[0-9]+(?:\.[0-9]+)?)+")
 _CLOCK = re.compile(r"[0-9]{1,2}:[0-5][0-9]")
 _BASED = re.compile(r"([0-9A-Za-z]+)_\s*(?:([0-9])|\{\s*(?:\\text\s*\{)?\s*([0-9]+|[a-z]+)\s*\}?\s*\})")
@@ -122,7 +121,7 @@ _BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eig
 _WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ '.-](?=[^\W\d_]))*")
 _CHOICES = re.compile(r"[A-Z](?:,[A-Z])+")
 _LOWERED = re.compile(r"(?<![a-zA-Z\\{0-9])[0-9]+\s*_")  # a number with an index
-_PLAIN_WORDS = frozenset("yes no true false none odd even all both neither never always one zero infinite finite undefined".split())
+_PLAIN_WORDS = ("yes", "no", "true", "false", "none", "odd", "even", "all", "both", "neither", "never", "always", "finite", "infinite")
 
 
 def agree(gold: Fraction, answer: Fraction, decimals: int) -> bool:

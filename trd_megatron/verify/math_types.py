@@ -32,7 +32,7 @@ def check_points(answer_type: str | None, check_values: str | None) -> list[dict
         texts = None
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f'check_values must be a JSON list such as ["n=1", "n=2"], not {str(check_values)[:100]!r}')
-    points = []
+    points: list[dict[str, str]] = []
     for text in texts:
         parts = [_ASSIGNMENT.fullmatch(part) for part in text.split(",")]
         point = {part[1]: part[2] for part in parts if part}

@@ -97,7 +97,8 @@ def split(text: str) -> tuple[str, str | None]:
     unit = _known(words, match[2])
     if unit:
         return before, unit
-    letters = len(words.split()[-1] if words.split() else "") < 3 or match.re is _WORD_END and match[2]
-    if _NO_UNIT.search(words) or letters and words.strip() not in _ORDINALS:  # letters are rather variables
+    if _NO_UNIT.search(words):
         return text, None
-    return before, None
+    last = words.split()[-1] if words.split() else ""
+    dropped = last in _ORDINALS or (len(last) > 2 and not (match.re is _WORD_END and match[2]))  # one or two letters are variables
+    return (before if dropped else text), None

@@ -33,7 +33,8 @@ SLOW = ("Integral", "Sum", "Product", "Limit", "Derivative", "ImageSet", "Piecew
 
 
 _ATOM = re.compile(
-    r"(?P<kind>Integer|Float) \('?(?P<digits>[0-9.eE+-]+)'? *\)(?: */ *Integer \((?P<below>[1-9][0-9]*) *\))?|Symbol \('(?P<name>[A-Za-z_]\w*)' *\)|E"
+    r"(?P<kind>Integer|Float) \('?(?P<digits>[0-9.eE+-]+)'? *\)(?: */ *Integer \((?P<below>[1-9][0-9]*) *\))?"
+    r"|Symbol \('(?P<name>[A-Za-z_]\w*)' *\)|E"
 )
 
 
@@ -163,8 +164,8 @@ def same_number(gold: Any, answer: Any, decimals: int) -> bool | None:
 
 
 def same_term(gold: Any, answer: Any, decimals: int) -> bool | None:
-    """Whether two terms in the same letters have the same value, by trying: False if they differ as real numbers where all letters are positive,
-    True if they agree everywhere it was tried, None if that does not decide."""
+    """Whether two terms with letters have the same values, by trying: False if they differ as real numbers where all letters are
+    positive, True if they agree everywhere it was tried, None if that does not decide."""
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
     if len(symbols) > len(TRIALS[0]):
         return None
@@ -266,12 +267,15 @@ def grade_variable(gold: Any, answer: Any, points: list[dict[str, str]]) -> tupl
     """An expression is right if it has the reference's value at every point."""
     wanted = values_at(gold, points)
     if None in wanted:
-        return "error", f"the reference answer has no value at {points[wanted.index(None)]}"
+        return "error", f"the reference answer has no value at {spelled(points[wanted.index(None)])}"
     for point, want, give in zip(points, wanted, values_at(answer, points), strict=True):
         if give is None or abs(give - want) > VARIABLE_TOLERANCE * abs(want):
-            where = ", ".join(f"{name}={value}" for name, value in point.items())
-            return "fail", f"{'no value' if give is None else 'another value'} at {where}"
+            return "fail", f"{'no value' if give is None else 'another value'} at {spelled(point)}"
     return "pass", ""
+
+
+def spelled(point: dict[str, str]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in point.items())
 
 
 def grade(gold: str, answer: str, answer_type: str | None, points: list[dict[str, str]], decimals: int) -> tuple[str, str]:

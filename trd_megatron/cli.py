@@ -135,7 +135,10 @@ def _result(stage: str, counts: dict[str, Any]) -> str:
 def prepare(
     overrides: Overrides = None,
     download_only: Annotated[
-        bool, typer.Option("--download-only", help="Fetch data, benchmarks and models into the caches, and stop: for clusters without a network.")
+        bool,
+        typer.Option(
+            "--download-only", help="Fetch data, benchmarks and models into the caches, and stop: for clusters without a network."
+        ),
     ] = False,
 ) -> None:
     """Put an experiment's problems into its run directory; or only fetch what the experiment needs from the network.
@@ -158,7 +161,7 @@ def prepare(
     from trd_megatron import downloads
 
     found = list(downloads.fetch(config, lambda line: console.print(line, highlight=False, markup=False)))
-    for line in [f"{each.what}: {each.size / 1e6:,.1f} MB in {each.folder}" for each in found] + downloads.how_to_move(found):
+    for line in [f"{each.what}: {each.size / 1e6:,.2f} MB in {each.folder}" for each in found] + downloads.how_to_move(found):
         output.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -49,9 +49,7 @@ class TeacherConfig:
 
 @dataclass
 class DataConfig:
-    source: str = opt(
-        "file", "Where problems come from.", choices=("file", "deepscaler", "taco", "human_eval", "champ", "arithmetic")
-    )
+    source: str = opt("file", "Where problems come from.", choices=("file", "deepscaler", "taco", "human_eval", "champ", "arithmetic"))
     path: str | None = opt(
         None, "source=file: your .parquet or .jsonl. Other sources: a local copy, taco also a folder (null: the hub, or the package)."
     )

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from trd_megatron.errors import UserError
 
-
 DOWNLOAD = "where there is a network (`trd prepare --download-only`)"
 
 

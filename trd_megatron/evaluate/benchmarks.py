@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trd_megatron.data import human_eval, hub, parquet
+from trd_megatron.data import hub, human_eval, parquet
 from trd_megatron.data.hub import HubFiles
 from trd_megatron.errors import UserError
 from trd_megatron.evaluate import evalplus, livecodebench, math_rows

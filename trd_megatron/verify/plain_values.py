@@ -11,10 +11,13 @@ can be decoded. Imports only the standard library: the programs in the cage load
 """
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
-MAX_DEPTH = 200  # of nested containers
+MAX_DEPTH = 100  # of nested containers
 MAX_ITEMS = 2_000_000  # values in one encoded value, containers included
+MAX_COLLISIONS = 64  # members of a set, or keys of a dict, with one hash: numbers can be chosen so that a set takes for ever to build
 
 
 class NotPlain(ValueError):
@@ -116,6 +119,21 @@ def _float(body: Any, depth: int) -> float:
     return {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}[body] if body in ("inf", "-inf", "nan") else _refuse()
 
 
+def plain_set(parts: Iterable[Any]) -> set[Any]:
+    """set(parts), where they do not have their hashes in common. Raises NotPlain, TypeError."""
+    parts = list(parts)
+    counts = Counter(map(hash, parts))
+    if counts and max(counts.values()) > MAX_COLLISIONS:
+        different: dict[int, list[Any]] = {}
+        for part in parts:
+            same = different.setdefault(hash(part), [])
+            if part not in same:
+                same.append(part)
+            if len(same) > MAX_COLLISIONS:
+                raise NotPlain(f"a set or dict with more than {MAX_COLLISIONS} members of one hash")
+    return set(parts)
+
+
 def _refuse() -> Any:
     raise ValueError
 
@@ -132,13 +150,15 @@ def _range(body: Any, depth: int) -> range:
 def _dict(body: Any, depth: int) -> dict[Any, Any]:
     if not isinstance(body, list):
         raise ValueError("not a list")
-    return {_decode(key, depth): _decode(part, depth) for key, part in body}
+    pairs = [(_decode(key, depth), _decode(part, depth)) for key, part in body]
+    plain_set(key for key, _ in pairs)
+    return dict(pairs)
 
 
 _TAGS: dict[str, Any] = {
     "$tuple": lambda body, depth: tuple(_parts(body, depth)),
-    "$set": lambda body, depth: set(_parts(body, depth)),
-    "$frozenset": lambda body, depth: frozenset(_parts(body, depth)),
+    "$set": lambda body, depth: plain_set(_parts(body, depth)),
+    "$frozenset": lambda body, depth: frozenset(plain_set(_parts(body, depth))),
     "$bytes": lambda body, depth: bytes.fromhex(body),
     "$range": _range,
     "$int": _int,

@@ -20,10 +20,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from trd_megatron.verify.math_text import AMO_DECIMALS, EXACT_DECIMALS, normalise, quick_verdict
+from trd_megatron.verify.math_types import check_points
 from trd_megatron.verify.verdict import Verdict
 
 MAX_ANSWER_CHARS = 2_000  # a longer "answer" is a derivation; also keeps every request below the size of a pipe's buffer
-ANSWER_TYPES = ("number", "integer", "latex")  # all graded alike
 START_LIMIT_S = 120.0  # sympy is imported within a second on an idle machine
 WORKER_SCRIPT = Path(__file__).with_name("math_worker.py")
 # What a worker may see of the environment: enough to find Python's packages, no secrets.
@@ -55,36 +56,29 @@ def extract_boxed(text: str) -> str | None:
     return None if last is None else text[last[0] : last[1]].strip()
 
 
-def _prepare(response: str, answer: str, answer_type: str | None = None, check_values: Any = None) -> Verdict | tuple[str, str]:
-    """The verdict, where no arithmetic is needed to know it; otherwise (gold, answer) for a worker."""
-    if answer_type is not None and answer_type not in ANSWER_TYPES:
-        raise ValueError(f"answer_type {answer_type!r} is not supported; known: {', '.join(ANSWER_TYPES)}")
-    if check_values is not None:
-        raise ValueError(f"check_values is not supported with answer_type {answer_type!r}")
+def _prepare(response: str, answer: str, answer_type: str | None = None, check_values: str | None = None) -> Verdict | dict[str, Any]:
+    """The verdict, where no algebra is needed to know it; otherwise the request for a worker."""
+    points = check_points(answer_type, check_values)
     extracted = extract_boxed(response)
     if extracted is None:
         return Verdict.of("no_answer", None, r"no closed \boxed{}")
     if not extracted:
         return Verdict.of("no_answer", None, r"the last \boxed{} is empty")
-    gold = _strip_dollars(extract_boxed(answer) or answer)
-    if not gold:
-        return Verdict.of("error", extracted[:MAX_ANSWER_CHARS], "the reference answer is empty")
+    gold = extract_boxed(answer) or answer.strip()
     if len(gold) > MAX_ANSWER_CHARS:
         detail = f"the reference answer has {len(gold):,} characters, the limit is {MAX_ANSWER_CHARS:,}"
         return Verdict.of("error", extracted[:MAX_ANSWER_CHARS], detail)
+    if not (gold := normalise(gold)):
+        return Verdict.of("error", extracted[:MAX_ANSWER_CHARS], "the reference answer is empty")
     if len(extracted) > MAX_ANSWER_CHARS:
         detail = f"the answer has {len(extracted):,} characters and was cut and failed unread, the limit is {MAX_ANSWER_CHARS:,}"
         return Verdict.of("fail", extracted[:MAX_ANSWER_CHARS], detail)
-    return gold, extracted
-
-
-def _strip_dollars(text: str) -> str:
-    """The text without surrounding white space and the dollar signs of LaTeX's math mode."""
-    text = text.strip()
-    for mark in ("$$", "$"):
-        if len(text) > 2 * len(mark) and text.startswith(mark) and text.endswith(mark):
-            return text[len(mark) : -len(mark)].strip()
-    return text
+    decimals = AMO_DECIMALS if answer_type in ("number", "set") else EXACT_DECIMALS
+    decided = quick_verdict(gold, normalise(extracted), decimals)
+    if isinstance(decided, bool):
+        return Verdict.of("pass" if decided else "fail", extracted)
+    gold, given = decided
+    return {"gold": gold, "answer": given, "answer_type": answer_type, "points": points, "decimals": decimals, "extracted": extracted}
 
 
 class _Worker:
@@ -99,10 +93,10 @@ class _Worker:
         self.deadline = 0.0  # on time.monotonic(); of the start while not ready, then of the item
         self.received = b""
 
-    def send(self, item: int, gold: str, answer: str, timeout_s: float) -> None:
+    def send(self, item: int, request: dict[str, Any], timeout_s: float) -> None:
         """Hands over one item; starts the process first where there is none or it died while idle."""
-        request = json.dumps({"gold": gold, "answer": answer, "timeout_s": timeout_s}).encode() + b"\n"
-        self.item, self.answer, self.timeout_s = item, answer, timeout_s
+        self.item, self.answer, self.timeout_s = item, request.pop("extracted"), timeout_s
+        line = json.dumps(request | {"timeout_s": timeout_s}).encode() + b"\n"
         if self.process is not None and self.process.poll() is None:
             self.deadline = time.monotonic() + timeout_s
         else:
@@ -112,7 +106,7 @@ class _Worker:
         assert self.process is not None
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # died just now: receive() will see the end of its output and say so
-            os.write(self.process.stdin.fileno(), request)  # under 64 KiB into an empty pipe: never blocks
+            os.write(self.process.stdin.fileno(), line)  # under 64 KiB into an empty pipe: never blocks
 
     def _start(self) -> None:
         # By path, not -m: found wherever the current folder is by now. -P: this folder holds a math.py, which must not hide
@@ -244,7 +238,7 @@ class MathVerifier:
                 if isinstance(prepared, Verdict):
                     known[taken] = prepared
                 else:
-                    idle.send(taken, *prepared, self.timeout_s)
+                    idle.send(taken, prepared, self.timeout_s)
                 taken += 1
             while given in known:
                 yield known.pop(given)

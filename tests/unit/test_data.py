@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from trd_megatron.config import load
-from trd_megatron.data import champ, code_tests, deduplicate, deepscaler, human_eval, parquet
+from trd_megatron.data import champ, deduplicate, deepscaler, human_eval, parquet
 from trd_megatron.errors import UserError
 from trd_megatron.evaluate import avg_at_k, pass_at_k
 from trd_megatron.stages import prepare
+from trd_megatron.verify import code_tests
 
 ROWS = [{"problem": f"What is {n} + 1?", "answer": n + 1} for n in range(10)]
 

@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from trd_megatron.config import load
-from trd_megatron.data import code_tests, taco
+from trd_megatron.data import taco
 from trd_megatron.errors import UserError
 from trd_megatron.stages import prepare
+from trd_megatron.verify import code_tests
 
 STDIN = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]}
 

@@ -8,9 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trd_megatron.data import code_tests
 from trd_megatron.errors import UserError
-from trd_megatron.verify import ANSWER_TYPES
+from trd_megatron.verify import check_points, code_tests
 
 REQUIRED = ("problem", "answer")
 OPTIONAL = ("problem_id", "answer_type", "check_values", "reference_solution", "starter_code", "tests", "source", "split")
@@ -66,9 +65,13 @@ def load(path: Path) -> list[dict[str, Any]]:
                 row["tests"] = json.dumps(code_tests.parse(row["tests"]))
             except ValueError as error:
                 raise UserError(f"{path}: row {number}: tests {error}") from None
+        if isinstance(row.get("check_values"), list):
+            row["check_values"] = json.dumps(row["check_values"])
         problem: dict[str, Any] = {name: None if row.get(name) is None else str(row[name]) for name in OPTIONAL}
-        if problem["answer_type"] not in (None, *ANSWER_TYPES) or problem["check_values"] is not None:
-            raise UserError(f"{path}: row {number}: answer_type is one of {', '.join(ANSWER_TYPES)}, and check_values is not supported yet")
+        try:
+            check_points(problem["answer_type"], problem["check_values"])
+        except ValueError as error:
+            raise UserError(f"{path}: row {number}: {error}") from None
         problem |= {"problem": row["problem"], "answer": None if answer is None else str(answer)}
         problem["problem_id"] = problem["problem_id"] or f"{path.stem}-{number}"
         problem["source"] = problem["source"] or path.name

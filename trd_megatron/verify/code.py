@@ -119,6 +119,8 @@ def _fail(ended: Ended, where: str, limits: _Limits) -> _Outcome:
             return _Outcome("timeout", f"{where}: not done within {limits.timeout_s:g} s" + (f" ({ended.detail})" if ended.detail else ""))
         case "memory":
             return _Outcome("fail", f"{where}: more than {limits.memory_mb} MB of memory")
+        case "processes":
+            return _Outcome("fail", f"{where}: too many processes")
         case "output":
             return _Outcome("fail", f"{where}: too much output")
         case "collapse":

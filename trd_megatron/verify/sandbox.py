@@ -53,7 +53,7 @@ class Level:
 class Ended:
     """How a process of a program's ended.
 
-    how     exit | timeout | memory | output | collapse (the whole sandbox is gone)
+    how     exit | timeout | memory | processes | output | collapse (the whole sandbox is gone)
     detail  empty after an exit with code 0
     errors  the end of its standard error
     output  its standard output
@@ -263,22 +263,24 @@ def _paths(level: LevelName) -> dict[str, list[str]]:
 @functools.cache
 def level() -> Level:
     """What this machine gives, found out by running a program; once for each process."""
-    reason = ""
+    reasons = []
+    # At `limits`, root's programs run as another user, who may not be able to read Python.
+    trial = {"program": "import plistlib\nprint(40 + 2)", "setup": ""}
     names: tuple[LevelName, ...] = ("full", "limits")
     for name in names:
         sandbox = Sandbox(name)
         try:
             sandbox.begin(memory_mb=512, cpu_s=30)
-            ended = sandbox.run({"program": "print(40 + 2)", "setup": ""}, b"", timeout_s=30)
+            ended = sandbox.run(trial, b"", timeout_s=30)
             sandbox.end()
             if ended.output == b"42\n":
-                return Level(name, reason)
-            reason = reason or f"a trial program ended by {ended.how} {ended.detail} {ended.errors[-200:]}"
+                return Level(name, "; ".join(reasons))
+            reasons.append(f"a trial program fails: {_one_line(f'{ended.how} {ended.detail} {ended.errors[-200:]}')}")
         except SandboxError as error:
-            reason = reason or str(error)
+            reasons.append(str(error))
         finally:
             sandbox.kill()
-    return Level("none", reason)
+    return Level("none", "; ".join(reasons))
 
 
 def require(allow_unsandboxed: bool) -> LevelName:

@@ -123,8 +123,11 @@ class Jail:
         if own_user_space:
             _unshare(spaces | _NEWUSER)
             for name, text in (("setgroups", "deny"), ("uid_map", f"{INSIDE_USER} {user} 1"), ("gid_map", f"{INSIDE_USER} {group} 1")):
-                with open(f"/proc/self/{name}", "w") as file:
-                    file.write(text)
+                try:
+                    with open(f"/proc/self/{name}", "w") as file:
+                        file.write(text)
+                except OSError as error:
+                    raise Refused(f"{name} of a new user namespace: {error.strerror}") from None
             self.user = None  # it has but one
         else:
             _unshare(spaces)
@@ -209,8 +212,10 @@ class Jail:
     def new_folder(self, first: bool = False) -> None:
         """An empty folder in place of the one that the last process wrote to."""
         if self.full:
-            os.chdir("/")
             if not first:
+                space, mode = os.statvfs("/tmp"), os.stat("/tmp").st_mode
+                if space.f_files - space.f_ffree == 1 and space.f_bfree == space.f_blocks and mode == stat.S_IFDIR | 0o1777:
+                    return  # as it was; unmounting costs more than a trivial program
                 _check(_libc.umount2(b"/tmp", _DETACH), "umount /tmp")
             options = f"mode=1777,size={FOLDER_BYTES},nr_inodes={FOLDER_FILES}"
             _mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV, options)

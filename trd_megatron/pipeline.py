@@ -102,7 +102,7 @@ def _settings(config: Config, keys: tuple[str, ...]) -> dict[str, Any]:
 
 def _outside(config: Config, stage: Stage, student: str | None) -> dict[str, str]:
     """Hashes of what a stage reads from outside its round. student: the fingerprint of the stage that made the round's student."""
-    inputs = {}
+    inputs: dict[str, str] = {}
     if stage.reads_data:
         # Only what the user names by its path. A hub's repository may move on, what was prepared from it stays; the manifest says which
         # revision it was.

@@ -32,7 +32,10 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 MATH: dict[str, tuple[list[dict[str, Any]], list[tuple[str, str, str]]]] = {  # official rows; id, problem, answer of what is read
     "aime24": (
-        [{"id": 60 + n, "problem": f"p{year}", "solution": "so", "answer": "204", "url": AIME_URL.format(year)} for n, year in enumerate((2023, 2024))],
+        [
+            {"id": 60 + n, "problem": f"p{year}", "solution": "so", "answer": "204", "url": AIME_URL.format(year)}
+            for n, year in enumerate((2023, 2024))
+        ],
         [("aime24/61", "p2024", "204")],
     ),
     "aime25": (
@@ -45,7 +48,7 @@ MATH: dict[str, tuple[list[dict[str, Any]], list[tuple[str, str, str]]]] = {  # 
     ),
     "beyondaime": ([{"problem": "p", "answer": 281}], [("beyondaime/0", "p", "281")]),
     "math500": (
-        [{"problem": "p", "solution": "s", "answer": "\\left( 3, \\frac{\\pi}{2} \\right)", "subject": "x", "level": 2, "unique_id": "test/a/1.json"}],
+        [{"problem": "p", "solution": "s", "answer": "\\left( 3, \\frac{\\pi}{2} \\right)", "level": 2, "unique_id": "test/a/1.json"}],
         [("math500/test/a/1.json", "p", "\\left( 3, \\frac{\\pi}{2} \\right)")],
     ),
     "gsm8k": ([{"question": "p", "answer": "9 * 2 = <<9*2=18>>18\n#### 1,018"}], [("gsm8k/0", "p", "1018")]),
@@ -90,15 +93,16 @@ def case(given: str, output: str, kind: str = "stdin") -> dict[str, str]:
 
 
 def livecode(number: int, **columns: Any) -> dict[str, Any]:
-    row = {"question_title": "t", "question_content": f"p{number}", "platform": "atcoder", "question_id": f"q{number}", "starter_code": "",
-           "public_test_cases": json.dumps([case("1\n", "2\n")]), "private_test_cases": packed([case("2\n", "3\n")]), "metadata": "{}"}  # fmt: skip
-    return row | columns
+    row = {"question_title": "t", "question_content": f"p{number}", "platform": "atcoder", "question_id": f"q{number}", "starter_code": ""}
+    tests = {"public_test_cases": json.dumps([case("1\n", "2\n")]), "private_test_cases": packed([case("2\n", "3\n")])}
+    return row | tests | {"metadata": "{}"} | columns
 
 
 def test_livecodebench_decodes_both_forms(tmp_path: Path) -> None:
     function = livecode(
         2, starter_code="class Solution:\n    def f(self, a, b):\n", metadata=json.dumps({"func_name": "f"}),
-        public_test_cases=json.dumps([case('[1, 2]\n"x"', "true", "functional")]), private_test_cases=json.dumps([case("[]\n1", "[3]", "functional")]),
+        public_test_cases=json.dumps([case('[1, 2]\n"x"', "true", "functional")]),
+        private_test_cases=json.dumps([case("[]\n1", "[3]", "functional")]),
     )  # fmt: skip
     first, second = benchmarks.load(f"livecodebench_v6:{write(tmp_path / 'test.jsonl', [livecode(1), function])}")
     assert (first["problem_id"], first["problem"], first["starter_code"], first["task"]) == ("livecodebench_v6/q1", "p1", None, "code")
@@ -152,13 +156,13 @@ def test_a_bomb_of_tests_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def plus(task_id: str, entry: str, prompt: str, solution: str, inputs: list[Any], atol: float = 0) -> dict[str, Any]:
-    return {"task_id": task_id, "entry_point": entry, "prompt": prompt, "canonical_solution": solution, "contract": "", "base_input": inputs[:1],
-            "plus_input": inputs[1:], "atol": atol}  # fmt: skip
+    texts = {"task_id": task_id, "entry_point": entry, "prompt": prompt, "canonical_solution": solution, "contract": ""}
+    return texts | {"base_input": inputs[:1], "plus_input": inputs[1:], "atol": atol}
 
 
 HUMAN_EVAL_PLUS = [
     plus("HumanEval/0", "half", 'def half(x: float):\n    """Half."""\n', "    return x / 2\n", [[1.0], [3.0]], 1e-6),
-    plus("HumanEval/32", "find_zero", "import math\n\ndef find_zero(xs: list):\n    pass\n", "    return -xs[0] / xs[1]\n", [[[1, 2]], [[-6, 2]]], 1e-4),
+    plus("HumanEval/32", "find_zero", "def find_zero(xs: list):\n", "    return -xs[0] / xs[1]\n", [[[1, 2]], [[-6, 2]]], 1e-4),
     plus("HumanEval/1", "pair", "def pair(a, b):\n", "    return (a, {b: 10 ** 30})\n", [["x", 1], ["y", float("inf")]]),
 ]  # fmt: skip
 

@@ -178,7 +178,7 @@ def _read(spec: str, with_tests: bool, allow_unsandboxed: bool) -> list[Row]:
             {"task": entry.task} | row | {"problem_id": f"{called}/{row['problem_id']}"}
             for row in entry.read(paths, with_tests, allow_unsandboxed)
         )
-    rows = [dict.fromkeys(PROBLEM.names) | problem | {"source": called, "split": "test"} for problem in problems]
+    rows: list[Row] = [dict.fromkeys(PROBLEM.names) | problem | {"source": called, "split": "test"} for problem in problems]
     if not rows:
         raise UserError(f"{spec} holds no problems")
     if entry is not None and ":" not in spec and len(rows) != entry.problems:

@@ -238,7 +238,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())[-500:]
 
 
-def _paths(level: LevelName) -> dict[str, list[str]]:
+def _paths(level: LevelName) -> dict[str, Any]:
     """What a cage holds of the environment: Python itself, a few packages, and not the folders that they come from."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     base = os.path.realpath(sys.base_prefix)
@@ -252,8 +252,10 @@ def _paths(level: LevelName) -> dict[str, list[str]]:
                 packages[name] = os.path.realpath(f"{folder}/{name}")
     hidden = [f"{base}/lib/{version}/site-packages", f"{base}/lib/{version}/dist-packages", "/usr/lib/python3/dist-packages"]
     hidden += [path for path in map(os.path.realpath, folders) if path.endswith(("site-packages", "dist-packages"))]
+    executable = os.path.realpath(sys.executable)
     return {
-        "python": sorted({os.path.realpath(sys.executable), *python}),
+        "executable": executable,
+        "python": sorted({executable, *python}),
         "packages": list(packages.values()),
         "hidden": sorted(set(hidden)),
         "paths": ["/packages"] if level == "full" else sorted({os.path.dirname(path) for path in packages.values()}),

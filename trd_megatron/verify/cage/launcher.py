@@ -34,7 +34,7 @@ def main() -> None:
         null = os.open("/dev/null", os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
-        runner.prepare(first[0]["paths"])
+        runner.prepare(first[0]["paths"], first[0]["executable"])
     except (jail.Refused, OSError) as error:
         frames.send(link, {"refused": str(error)})
         return

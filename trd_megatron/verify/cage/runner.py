@@ -45,8 +45,9 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 _plain_values = _load_plain_values()
 
 
-def prepare(paths: list[str]) -> None:
+def prepare(paths: list[str], executable: str) -> None:
     """In the launcher, once: everything that programs share. `paths` are where packages lie, beside the standard library."""
+    sys.executable = sys._base_executable = executable  # type: ignore[attr-defined]
     sys.path[:] = [path for path in sys.path if path != _HERE] + paths
     for name in STAR_MODULES:
         exec(f"from {name} import *", _usual_names)
@@ -110,7 +111,7 @@ def run(job: bytes, job_input: int, output: int, errors: int, ready: int, confin
     """One run of {"program", "setup"} with real standard input and output. Ends the process: 0, or 1 after an exception."""
     _begin(confine, ready, [job_input, output, errors])
     content = json.loads(job)
-    code = 0
+    leave, code = os._exit, 0  # not to be looked up later: the program may have put something else there
     try:
         module = _new_module("__main__", content["setup"])
         exec(compile(content["program"], "<program>", "exec", dont_inherit=True), module.__dict__)
@@ -128,20 +129,20 @@ def run(job: bytes, job_input: int, output: int, errors: int, ready: int, confin
                 stream.flush()
             except BaseException:  # it may have closed or replaced them
                 pass
-        os._exit(code)
+        leave(code)
 
 
 def talk(job: bytes, requests: int, replies: int, ready: int, confine: Callable[[], None]) -> None:
     """Serves {"kind": "functions" | "asserts", ...} over lines of JSON; ends the process at the end of the requests."""
     null = os.open("/dev/null", os.O_RDWR)
     _begin(confine, ready, [null, null, null, requests, replies])
-    content = json.loads(job)
+    content, leave = json.loads(job), os._exit
     with open(3, "rb") as lines:
         if content["kind"] == "functions":
             _serve_functions(content, lines)
         else:
             _run_asserts(content, lines)
-    os._exit(0)
+    leave(0)
 
 
 def _say(message: dict[str, Any]) -> None:

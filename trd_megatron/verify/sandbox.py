@@ -70,7 +70,7 @@ class SandboxError(RuntimeError):
 
 
 class Sandbox:
-    """A launcher and the program that it has in hand. Starts with the first program; for one thread, which must outlive it.
+    """A launcher and the program that it has in hand. Starts with the first program; for one thread at a time.
 
     The launcher dies with the thread that started it, and whatever runs in it with the launcher.
     """
@@ -113,17 +113,26 @@ class Sandbox:
         except _Gone as gone:
             raise SandboxError(str(gone)) from None
 
+    def abort(self) -> None:
+        """From another thread: kills what runs, so that the call that waits for it raises SandboxError or gives a result."""
+        process, link = self._process, self._link
+        if process is not None:
+            process.kill()
+        if link is not None:
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+
     def kill(self) -> None:
-        """Ends everything at once; harmless where nothing is left. May be called from another thread."""
+        """Ends everything at once; harmless where nothing is left."""
         process, link = self._process, self._link
         self._process = self._link = None
-        if link is not None:
-            link.close()
         if process is not None:
             process.kill()
             # With a limit: a Ctrl-C that came inside poll() can leave Popen's lock taken.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=5)
+        if link is not None:
+            link.close()
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()

@@ -250,12 +250,20 @@ def _stand_in(name: str, lines: Any) -> Callable[..., Any]:
             _take_over(mine, theirs)
         if "value" in answer:
             return _plain_values.decode(answer["value"])
-        for kind in answer["raised"]:
-            raise getattr(builtins, kind)(answer["detail"])
-        raise RuntimeError(answer["detail"])
+        raise _exception(answer["raised"], answer["detail"])
 
     call.__name__ = name
     return call
+
+
+def _exception(kinds: list[str], detail: str) -> Exception:
+    """An exception of the first of these built-in classes that a text makes one of."""
+    for kind in kinds:
+        try:
+            return getattr(builtins, kind)(detail)  # type: ignore[no-any-return]
+        except TypeError:  # UnicodeDecodeError wants more
+            continue
+    return RuntimeError(detail)
 
 
 def _take_over(mine: Any, theirs: Any) -> None:

@@ -83,10 +83,20 @@ class Sandbox:
 
     def begin(self, memory_mb: int, cpu_s: float) -> None:
         """Opens a cage for one program. Raises SandboxError."""
-        if self._process is None or self._process.poll() is not None:
-            self.kill()
-            self._start()
-        self._send({"op": "program", "memory_bytes": memory_mb << 20, "cpu_s": int(cpu_s) + 1})
+        order = {"op": "program", "memory_bytes": int(memory_mb) << 20, "cpu_s": int(cpu_s) + 1}
+        if self._process is not None:
+            try:
+                self._send(order)
+                self._receive()
+                return
+            except (SandboxError, _Gone):  # it died while it was idle: it has no program on its conscience
+                self.kill()
+        self._start()
+        self._send(order)
+        try:
+            self._receive()
+        except _Gone as gone:
+            raise SandboxError(str(gone)) from None
 
     def run(self, job: dict[str, Any], standard_input: bytes, timeout_s: float) -> Ended:
         """One run of the job (runner.run) from start to end. Raises SandboxError."""

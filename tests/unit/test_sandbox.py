@@ -240,7 +240,10 @@ if os.environ.pop("STEP", "") != "2":
     how = sys.argv[1]
     if how == "user":
         os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
-    elif how == "container":  # root without CAP_SYS_ADMIN
+    elif how == "container":  # root without CAP_SYS_ADMIN, and something mounted where the cage is built
+        assert libc.unshare(0x20000) == 0
+        assert libc.mount(b"none", b"/", None, 0x44000, None) == 0
+        assert libc.mount(b"tmpfs", sys.argv[2].encode(), b"tmpfs", 0, None) == 0
         drop(*[c for c in range(41) if c != 21])
     elif how == "nothing":  # ... and no user namespaces
         assert libc.unshare(0x10000000) == 0
@@ -248,7 +251,7 @@ if os.environ.pop("STEP", "") != "2":
         open("/proc/self/uid_map", "w").write("0 0 1")
         open("/proc/sys/user/max_user_namespaces", "w").write("0")
         drop()
-    os.execve(sys.executable, [sys.executable, "-c", os.environ["SCRIPT"], how], dict(os.environ, STEP="2"))
+    os.execve(sys.executable, [sys.executable, "-c", os.environ["SCRIPT"], *sys.argv[1:]], dict(os.environ, STEP="2"))
 from trd_megatron.errors import UserError
 from trd_megatron.verify import sandbox, verify_code
 level = sandbox.level()
@@ -276,10 +279,10 @@ for program, tests in (
 """
 
 
-def elsewhere(how: str, python: str = sys.executable) -> list[list[str]]:
+def elsewhere(how: str, folder: Path, python: str = sys.executable) -> list[list[str]]:
     script = ELSEWHERE.format(repository=str(REPOSITORY))
     environment = {"PATH": os.environ["PATH"], "SCRIPT": script}
-    done = subprocess.run([python, "-c", script, how], cwd="/", env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([python, "-c", script, how, str(folder)], cwd="/", env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return [line.split(" | ") for line in done.stdout.splitlines()]
 
@@ -292,7 +295,7 @@ def check_verdicts(lines: list[list[str]]) -> None:
 @needs_root
 @needs_full
 @pytest.mark.parametrize("how", ["user", "container"])
-def test_the_full_sandbox_needs_no_root(how):
+def test_the_full_sandbox_needs_no_root(how, tmp_path):
     """An ordinary user, and root in a container without CAP_SYS_ADMIN: by a user namespace."""
     python = sys.executable
     if how == "user":
@@ -302,7 +305,7 @@ def test_the_full_sandbox_needs_no_root(how):
         if not found or not all(folder.stat().st_mode & 1 for folder in REPOSITORY.parents):
             pytest.skip("other users can read neither a Python 3.11 nor this folder")
         python = found[0]
-    level, graded, *rest = elsewhere(how, python)
+    level, graded, *rest = elsewhere(how, tmp_path, python)
     if level[0] != "full":
         pytest.skip(f"no user namespaces for such a user: {level[1]}")
     assert graded[0] == "pass"
@@ -310,10 +313,10 @@ def test_the_full_sandbox_needs_no_root(how):
 
 
 @needs_root
-def test_without_namespaces_it_says_so_and_needs_leave():
+def test_without_namespaces_it_says_so_and_needs_leave(tmp_path):
     if not Path("/proc/sys/user/max_user_namespaces").exists() or sandbox.level().name != "full":
         pytest.skip("user namespaces cannot be made here, to be forbidden in them")
-    level, refused, *rest = elsewhere("nothing")
+    level, refused, *rest = elsewhere("nothing", tmp_path)
     assert level[0] == "limits"
     assert level[1].startswith("unshare: ")
     assert refused[0] == "UserError"

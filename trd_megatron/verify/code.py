@@ -106,15 +106,21 @@ class _Limits:
         """Seconds that the next test may take. Raises _Outcome when the program has had its time."""
         left = self.end - time.monotonic()
         if left <= 0:
-            raise _Outcome("timeout", f"not done within {self.total_timeout_s:g} s")
+            raise self.passed("before its next test")
         return min(self.timeout_s, left)
+
+    def passed(self, where: str) -> _Outcome:
+        """The verdict when one of the two limits has passed."""
+        if time.monotonic() >= self.end:
+            return _Outcome("timeout", f"{where}: not done with all tests within {self.total_timeout_s:g} s")
+        return _Outcome("timeout", f"{where}: not done within {self.timeout_s:g} s")
 
 
 def _fail(ended: Ended, where: str, limits: _Limits) -> _Outcome:
     """The verdict of a program whose process ended too early."""
     match ended.how:
         case "timeout":
-            return _Outcome("timeout", f"{where}: not done within {limits.timeout_s:g} s" + (f" ({ended.detail})" if ended.detail else ""))
+            return limits.passed(where)
         case "memory":
             return _Outcome("fail", f"{where}: more than {limits.memory_mb} MB of memory")
         case "processes":
@@ -248,7 +254,7 @@ def _run_asserts(candidate: Sandbox, checker: Sandbox, program: str, tests: dict
             break
         left = end - time.monotonic()
         if left <= 0:
-            raise _Outcome("timeout", f"not done within {limits.timeout_s:g} s")
+            raise limits.passed(f"call {calls + 1}")
         calls += 1
         answer = _answer(candidate.ask(said, left), f"call {calls}", limits)
         if not {"value", "raised"} & answer.keys():

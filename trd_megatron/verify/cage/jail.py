@@ -201,12 +201,17 @@ class Jail:
         _mount("none", "/", None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
 
     def _close_mounts(self, root: str) -> None:
-        """Makes every mount below the root read-only, those that came along inside of a bind too."""
+        """Makes every mount below the root's read-only, those that came along inside of a bind too."""
+        below: set[str] = set()  # ids; a mount comes after the one that it stands on, and what the root has hidden is not below it
         with open("/proc/self/mountinfo") as lines:
-            mounts = [line.split()[4:6] for line in lines]
-        for place, options in mounts:
+            mounts = [line.split()[:6] for line in lines]
+        top = [number for number, _, _, _, place, _ in mounts if place == root][-1]
+        for number, parent, _, _, place, options in mounts:
+            if parent != top and parent not in below:
+                continue
+            below.add(number)
             path = place.encode().decode("unicode_escape").encode("latin-1").decode(errors="surrogateescape")  # a space is \040
-            if path.startswith(root + "/") and not path.startswith(root + "/proc"):
+            if not path.startswith(root + "/proc"):
                 kept = sum(flag for name, flag in _KEPT_OPTIONS.items() if name in options.split(","))
                 devices = 0 if path.startswith(root + "/dev/") else _NODEV
                 _mount("none", path, None, _REMOUNT | _BIND | _RDONLY | _NOSUID | kept | devices)

@@ -4,6 +4,7 @@ run() and talk() are called right after the fork and never return. Everything af
 nothing that it sends or leaves behind is trusted by anyone.
 """
 
+import _sitebuiltins
 import atexit
 import builtins
 import importlib.util
@@ -47,6 +48,8 @@ _plain_values = _load_plain_values()
 
 def prepare(paths: list[str], executable: str) -> None:
     """In the launcher, once: everything that programs share. `paths` are where packages lie, beside the standard library."""
+    for name in ("exit", "quit"):  # of the module site, which we do without
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
     sys.executable = sys._base_executable = executable  # type: ignore[attr-defined]
     sys.path[:] = [path for path in sys.path if path != _HERE] + paths
     for name in STAR_MODULES:

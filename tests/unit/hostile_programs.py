@@ -113,24 +113,6 @@ import resource
 report(refused(lambda: resource.prlimit(1, resource.RLIMIT_NOFILE, (1, 1))), refused(lambda: os.setpriority(os.PRIO_PROCESS, 1, 19)),
        refused(lambda: os.sched_setaffinity(1, {0})), refused(lambda: resource.setrlimit(resource.RLIMIT_NPROC, (1000, 1000)), ValueError, OSError))
 """,
-    "killing everyone": """
-import signal
-for target in (1, -1, os.getppid()):
-    for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM):
-        try:
-            os.kill(target, number) if target != -1 else None
-        except OSError:
-            pass
-pid = os.fork()
-if pid == 0:
-    os.setsid()
-    try:
-        os.kill(-1, signal.SIGKILL)
-    finally:
-        os._exit(0)
-os.waitpid(pid, 0)
-report(True)
-""",
     "full folder": """
 def fill():
     for number in range(1000):
@@ -165,7 +147,7 @@ report("trd_megatron" not in sys.modules, refused(lambda: __import__("trd_megatr
 """,
     "other descriptors": """
 report(sorted(map(int, os.listdir("/proc/self/fd")))[:3] == [0, 1, 2], len(os.listdir("/proc/self/fd")) == 4,
-       refused(lambda: os.write(0, b"x")), refused(lambda: open("/proc/self/fd/0", "wb").write(b"x")))
+       refused(lambda: os.write(0, b"x")), refused(lambda: open("/proc/self/fd/0", "wb", buffering=0).write(b"x")))
 """,
 }
 
@@ -216,7 +198,7 @@ for thing in gc.get_objects():
     "overflow of the C stack": "import ctypes\nfor _ in range(3):\n    f = lambda: None\nimport sys; sys.setrecursionlimit(10**9)\nclass A:\n    def __getattr__(self, name): return getattr(self, name + 'x')\nA().b",
     "deep recursion": "import sys; sys.setrecursionlimit(10**9)\ndef f(n): return f(n + 1) + 1\nf(0)",
     "deep source": "x = " + "(" * 5000 + ")" * 5000,
-    "huge constant": "x = 10 ** 10 ** 8 ; print(len(str(x)))" if False else "x = [0] * (1 << 40)",
+    "huge list": "x = [0] * (1 << 40)",
     "10 GB of memory": "x = []\nwhile True:\n    x.append(bytearray(10 << 20))",
     "memory in many processes": "import os, time\nfor _ in range(5):\n    os.fork()\nx = b'x' * (100 << 20)\ntime.sleep(60)",
     "shared memory": "import mmap\nx = [mmap.mmap(-1, 50 << 20) for _ in range(18)]\nfor part in x:\n    part.write(b'x' * (50 << 20))\nimport os\nfor _ in range(3): os.fork()\nimport time; time.sleep(60)",
@@ -225,6 +207,17 @@ for thing in gc.get_objects():
     "fork bomb": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass",
     "thread bomb": "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(100,)).start()",
     "answer of bytes": "import os; os.write(1, bytes(range(256)) * 100)",
+    "killing everyone": """
+import os, signal, time
+for target in (1, os.getppid(), -1):
+    for number in (signal.SIGTERM, signal.SIGSTOP, signal.SIGKILL):
+        try:
+            if target != -1 or os.fork() == 0:
+                os.setsid() if target == -1 else None
+                os.kill(target, number)
+        except OSError:
+            pass
+""",
     "killing itself": "import os; os.kill(os.getpid(), 9)",
     "killing its group": "import os; os.killpg(0, 9)",
     "surrogates": "print(chr(0xd800))",
@@ -265,7 +258,7 @@ time.sleep(1000)
     "thread that never ends": "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()",
     "exit that never ends": "import atexit, time\natexit.register(time.sleep, 1000)",
     "slow compilation": "exec('x = ' + '+'.join(['(' * 80 + '1' + ')' * 80] * 20000))\nwhile True: pass",
-    "children in a row": "import os\nwhile True:\n    pid = os.fork()\n    if pid: os._exit(0)\n" if False else "import os\nwhile True:\n    if os.fork(): os.wait()\n    else: os._exit(0)",
+    "children in a row": "import os\nwhile True:\n    if os.fork(): os.wait()\n    else: os._exit(0)",
     "alarm": "import signal, time\nsignal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)\nsignal.signal(signal.SIGALRM, lambda *a: None)\nwhile True: time.sleep(1)",
 }
 

@@ -7,7 +7,6 @@ machine once and cached under $TRD_CACHE/models (default ~/.cache/trd_megatron/m
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import shutil
 import tempfile

@@ -133,6 +133,40 @@ def _result(stage: str, counts: dict[str, Any]) -> str:
 
 
 @app.command()
+def prepare(
+    overrides: Overrides = None,
+    download_only: Annotated[
+        bool,
+        typer.Option(
+            "--download-only", help="Fetch data, benchmarks and models into the caches, and stop: for clusters without a network."
+        ),
+    ] = False,
+) -> None:
+    """Put an experiment's problems into its run directory; or only fetch what the experiment needs from the network.
+
+    Without --download-only it is `trd run ... --until prepare`. With it nothing is written to the run directory: data, the benchmarks of
+    evaluate.benchmarks and data.exclude_benchmarks, and models go into the caches. It says where each lies and how to move them.
+
+    [bold]Examples[/bold]
+
+      trd prepare experiment=quickstart
+
+      HF_HOME=/scratch/hub trd prepare --download-only experiment=opsd_qwen3_8b evaluate.benchmarks=\\[test,aime24,math500]
+    """
+    if not download_only:
+        run(overrides, until="prepare")
+        return
+    from trd_megatron.config import load
+
+    config = load(overrides or [])
+    from trd_megatron import downloads
+
+    found = list(downloads.fetch(config, lambda line: console.print(line, highlight=False, markup=False)))
+    for line in [f"{each.what}: {each.size / 1e6:,.2f} MB in {each.folder}" for each in found] + downloads.how_to_move(found):
+        output.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
 def plan(
     overrides: Overrides = None,
     show_sample: Annotated[bool, typer.Option("--show-sample", help="Print one training sequence: prompt dim, response green.")] = False,
@@ -337,7 +371,8 @@ def _print_keys() -> None:
 def main() -> None:
     """Entry point: maps exceptions to exit codes, one line each."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our bars show what takes long
+    if sys.argv[1:2] != ["prepare"]:  # where downloads are what takes long
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in what they start in the background
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop us with it: end as Ctrl-C does, saving what can be

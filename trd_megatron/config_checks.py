@@ -79,8 +79,8 @@ def _check_data(config: Config) -> None:
     if source != "file" and config.task != SOURCE_TASKS[source]:
         fitting = ", ".join(name for name, task in SOURCE_TASKS.items() if task == config.task)
         raise UserError(
-            f"data.source={source} has {SOURCE_TASKS[source]} problems: set task={SOURCE_TASKS[source]}, or for task={config.task} one of "
-            f"data.source=file, {fitting}"
+            f"data.source={source} has {SOURCE_TASKS[source]} problems: set task={SOURCE_TASKS[source]}, or for task={config.task} choose "
+            f"data=NAME, one of file, {fitting}"
         )
     for benchmark in config.data.exclude_benchmarks:
         benchmarks.check(benchmark)

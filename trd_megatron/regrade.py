@@ -111,7 +111,7 @@ def _files(work: pipeline.Work) -> Iterator[_File]:
         whole = folder / f"{name}.parquet"
 
         def problems(benchmark: str = benchmark) -> dict[str, dict[str, Any]]:
-            return {row["problem_id"]: row for row in evaluate.problems_of(benchmark, view)}
+            return {row["problem_id"]: row for row in evaluate.problems_of(config, benchmark, view)}
 
         for path in [whole] if whole.exists() else sorted((folder / f".{name}.parts").glob("part-*.parquet")):
             yield _File(path, f"{work.name} {name}", TRAJECTORY, problems)

@@ -121,8 +121,8 @@ def test_wrong_data(refused, tmp_path: Path) -> None:  # type: ignore[no-untyped
         assert message in refused(f"data.path={tmp_path}/p.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
     assert "empty.jsonl holds no problems" in refused(f"evaluate.benchmarks=[test,{tmp_path}/empty.jsonl]")
-    (tmp_path / "odd.jsonl").write_text(json.dumps({"problem": "?", "answer": "1", "answer_type": "essay"}))
-    assert "row 0: answer_type 'essay' is not supported" in refused(f"evaluate.benchmarks=[{tmp_path}/odd.jsonl]")
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"problem": "?", "answer": "1", "answer_type": "proof"}))
+    assert "row 0: answer_type 'proof' is not supported" in refused(f"evaluate.benchmarks=[{tmp_path}/odd.jsonl]")
     assert "gone.parquet does not exist" in refused("evaluate.benchmarks=[test,gone.parquet]")
 
 

@@ -60,6 +60,27 @@ def test_defaults_are_the_recipes() -> None:
     assert (evaluate.samples, evaluate.top_k, evaluate.max_prompt_tokens, evaluate.max_response_tokens) == (16, -1, 4096, 38912)
 
 
+def test_the_task_chooses_budgets_and_quickstarts_problems() -> None:
+    budgets = {"math": (4096, 38912), "code": (2048, 16384)}  # RECIPE_FACTS
+    for task, expected in budgets.items():
+        config = load(["experiment=opsd_qwen3_8b", f"task={task}", *(["data=taco"] if task == "code" else [])])
+        assert (config.task, config.evaluate.max_prompt_tokens, config.evaluate.max_response_tokens) == (task, *expected)
+        assert (config.rollout.max_prompt_tokens, config.rollout.max_response_tokens) == (2048, 16384)
+    for order in (["experiment=quickstart", "task=code"], ["task=code", "experiment=quickstart"]):
+        code = load(order)
+        assert (code.data.source, code.data.train_problems, code.evaluate.max_response_tokens) == ("human_eval", 32, 256)
+    assert (load(["experiment=quickstart"]).data.source, load(["experiment=quickstart"]).rollout.max_response_tokens) == ("arithmetic", 64)
+    own = load(["experiment=quickstart", "task=code", "data=file", "data.path=x.jsonl"])
+    assert (own.data.source, own.rollout.max_response_tokens) == ("file", 256)
+    assert load(["experiment=opsd_qwen3_8b", "evaluate=code"]).evaluate.max_response_tokens == 16384
+
+
+def test_papers_benchmarks_are_kept_out_of_the_training_problems() -> None:
+    assert load(["experiment=opsd_qwen3_8b"]).data.exclude_benchmarks == ["aime24", "aime25", "hmmt25", "beyondaime", "amobench"]
+    code = load(["experiment=opsd_qwen3_8b", "task=code", "data=taco"])
+    assert code.data.exclude_benchmarks == ["humaneval_plus", "mbpp_plus", "livecodebench_v6"]
+
+
 def test_overrides_reach_their_key_and_keep_their_type() -> None:
     config = load(["experiment=smoke", "learner.learning_rate=1e-4", "data.prompt_format=plain", "student.chat_template_kwargs={a: 1}"])
     assert (config.learner.learning_rate, config.data.prompt_format, config.student.chat_template_kwargs) == (1e-4, "plain", {"a": 1})
@@ -143,6 +164,10 @@ def test_a_wrong_word_is_named_with_the_nearest_right_one(override: str, named: 
         ([*EVALUATE, "rounds=2"], r"^rounds=2: job=evaluate"),
         ([*EVALUATE[:2], "evaluate.benchmarks=[aime42]"], r"no benchmark 'aime42': aime24, "),
         (["experiment=smoke", "verify.code.memory_mb=0"], r"^verify\.code\.memory_mb=0"),
+        (["experiment=opd_qwen3_1_7b", "task=code"], r"^data\.source=deepscaler has math problems: .*one of file, taco, human_eval"),
+        (["experiment=quickstart", "data=taco"], r"^data\.source=taco has code problems: set task=code"),
+        (["experiment=smoke", "data.exclude_benchmarks=[aime]"], r"no benchmark 'aime': aime24"),
+        (["experiment=quickstart", "data.exclude_benchmarks=[aime24]"], r"set data\.exclude_benchmarks=\[\]"),
         (["experiment=smoke", "engine.launch=true"], r"engine\.kind=sglang"),
         ([*ATTACHED[:2]], r"engine\.student\.urls is empty"),
         ([*ATTACHED, "engine.launch=true"], r"engine\.student\.urls names servers"),

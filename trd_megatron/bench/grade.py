@@ -1,14 +1,15 @@
 r"""How many answers a second the graders take. The math items are made, not drawn: half are plain integers as in AIME and GSM8K, the
-other half fractions, roots, terms, sets, intervals, points, percentages and units with numbers of their own, half of them wrong.
+other half fractions, roots, terms, sets, intervals, points, percentages and units with numbers of their own, half of them wrong. The
+programs are of one or two lines, so that what is measured is the sandbox.
 """
 
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from trd_megatron.verify import MathVerifier
+from trd_megatron.verify import CodeVerifier, MathVerifier, Verdict
 
 Item = tuple[str, str]  # (response, reference answer)
 SENTENCE = r"Let $x_{%d} = \frac{%d}{\sqrt{%d}}$; then \boxed{%d} is too small, since $\left\{ x : x^2 < %d \right\}$ is not empty. "
@@ -82,19 +83,49 @@ def math_items(count: int, response_chars: int = 20_000, seed: int = 0) -> tuple
     return items, right
 
 
-def measure_math(count: int = 10_000, workers: int = 2, timeout_s: float = 10) -> dict[str, Any]:
-    """Seconds and items per second of MathVerifier, without the start of its workers; and how many verdicts are not what they should be."""
-    items, right = math_items(count)
-    with MathVerifier(workers, timeout_s) as verifier:
-        list(verifier.verify_many([(r"\boxed{\frac{1}{2}}", r"\frac{2}{4}")] * 2 * workers))  # starts the workers
-        start = time.perf_counter()
-        verdicts = list(verifier.verify_many(items))
-        seconds = time.perf_counter() - start
+def code_items(count: int, seed: int = 0) -> tuple[list[tuple[str, dict[str, Any]]], list[bool]]:
+    """`count` (response, tests) with one test on standard input or one call of a function, in turn, and whether each is right."""
+    draw = random.Random(seed)
+    items, right = [], []
+    for number in range(count):
+        a, b, good = draw.randrange(1000), draw.randrange(1000), draw.random() < 0.5
+        sign = "+" if good else "-"
+        if number % 2:
+            program = f"def combine(a, b):\n    return a {sign} b"
+            tests = {"inputs": [[a, b + 1]], "outputs": [a + b + 1], "fn_name": "combine"}
+        else:
+            program = f"a, b = map(int, input().split())\nprint(a {sign} b)"
+            tests = {"inputs": [f"{a} {b + 1}\n"], "outputs": [f"{a + b + 1}\n"]}
+        items.append((f"So this will do:\n```python\n{program}\n```\n", tests))
+        right.append(good)
+    return items, right
+
+
+def _measured(verify_many: Callable[[Any], Iterator[Verdict]], warm_up: list[Any], items: list[Any], right: list[bool]) -> dict[str, Any]:
+    """Seconds and items per second without the start of the workers, which `warm_up` brings about."""
+    list(verify_many(warm_up))
+    start = time.perf_counter()
+    verdicts = list(verify_many(items))
+    seconds = time.perf_counter() - start
     return {
-        "items": count,
-        "workers": workers,
+        "items": len(items),
         "seconds": seconds,
-        "items_per_s": count / seconds,
+        "items_per_s": len(items) / seconds,
         "verdicts": dict(Counter(verdict.verdict for verdict in verdicts)),
         "misjudged": sum(verdict.passed is not good for verdict, good in zip(verdicts, right, strict=True)),
     }
+
+
+def measure_code(count: int = 1_000, workers: int = 2, allow_unsandboxed: bool = False) -> dict[str, Any]:
+    """Figures of CodeVerifier, on programs of one or two lines. Raises UserError where this machine has no sandbox."""
+    items, right = code_items(count)
+    with CodeVerifier(workers, allow_unsandboxed=allow_unsandboxed) as verifier:
+        return {"workers": workers} | _measured(verifier.verify_many, items[: 2 * workers], items, right)
+
+
+def measure_math(count: int = 10_000, workers: int = 2, timeout_s: float = 10) -> dict[str, Any]:
+    """Figures of MathVerifier, and how many verdicts are not what they should be."""
+    items, right = math_items(count)
+    with MathVerifier(workers, timeout_s) as verifier:
+        warm_up = [(r"\boxed{\frac{1}{2}}", r"\frac{2}{4}")] * 2 * workers
+        return {"workers": workers} | _measured(verifier.verify_many, warm_up, items, right)

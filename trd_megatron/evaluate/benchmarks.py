@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trd_megatron.data import human_eval, hub, parquet
+from trd_megatron.data import hub, human_eval, parquet
 from trd_megatron.data.hub import HubFiles
 from trd_megatron.errors import UserError
 from trd_megatron.evaluate import evalplus, livecodebench, math_rows
@@ -20,13 +20,13 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """read: files, and whether tests are wanted (without, only texts are) -> problems. problems: how many there are.
+    """read: files, whether tests are wanted (without, only texts are), allow_unsandboxed -> problems. problems: how many there are.
 
     plain_prompt: the problem's text is the whole prompt, no instruction follows it."""
 
     task: Literal["math", "code"]
     problems: int
-    read: Callable[[Sequence[Path], bool], Iterable[Row]]
+    read: Callable[[Sequence[Path], bool, bool], Iterable[Row]]
     hub: HubFiles | None = None
     package: Callable[[], list[Path]] | None = None
     plain_prompt: bool = False
@@ -43,7 +43,7 @@ def _math(
 ) -> Benchmark:
     """A benchmark of mathematics, one row a problem. id_column: a column that tells rows apart; without one they are numbered."""
 
-    def read_files(paths: Sequence[Path], with_tests: bool) -> Iterable[Row]:
+    def read_files(paths: Sequence[Path], _with_tests: bool, _allow_unsandboxed: bool) -> Iterable[Row]:
         number = 0
         for path in paths:
             for row in parquet.read_rows(path):
@@ -79,7 +79,7 @@ BENCHMARKS = {
         500, "HuggingFaceH4/MATH-500", ("test.jsonl",), ("problem", "solution", "answer"), math_rows.plain, "unique_id"
     ),
     "gsm8k": _math(1319, "openai/gsm8k", ("main/test-*.parquet",), ("question", "answer"), math_rows.gsm8k),
-    "human_eval": Benchmark("code", 164, lambda paths, _: human_eval.load(paths)[0], package=lambda: [human_eval.locate()]),
+    "human_eval": Benchmark("code", 164, lambda paths, *_: human_eval.load(paths)[0], package=lambda: [human_eval.locate()]),
     "humaneval_plus": Benchmark("code", 164, evalplus.read_human_eval, package=lambda: evalplus.locate("human_eval")),
     "mbpp_plus": Benchmark("code", 378, evalplus.read_mbpp, package=lambda: evalplus.locate("mbpp")),
     "livecodebench_v6": Benchmark("code", 1055, livecodebench.read, livecodebench.FILES),
@@ -147,18 +147,20 @@ def fetch(spec: str) -> list[Path]:
     return hub.fetch(entry.hub, way_out=_way_out(spec)) if entry and entry.hub and ":" not in spec else locate(spec)
 
 
-def load(spec: str) -> list[Row]:
+def load(spec: str, *, allow_unsandboxed: bool = False) -> list[Row]:
     """The problems, with all fields of records.PROBLEM; their task is math or code.
+
+    allow_unsandboxed: as verify.code.allow_unsandboxed, for EvalPlus' own solutions, which are run when its tests are first asked for.
 
     Raises UserError if files cannot be had or read, a column is missing, or the hub's set has another number of problems than it had:
     figures of another set are not the benchmark's.
     """
-    return _read(spec, with_tests=True)
+    return _read(spec, True, allow_unsandboxed)
 
 
 def texts(spec: str) -> list[Row]:
     """As `load`, but tests may be missing: what finding problems again needs. Runs no program."""
-    return _read(spec, with_tests=False)
+    return _read(spec, False, False)
 
 
 def plain_prompt(spec: str) -> bool:
@@ -167,13 +169,16 @@ def plain_prompt(spec: str) -> bool:
     return entry is not None and entry.plain_prompt
 
 
-def _read(spec: str, with_tests: bool) -> list[Row]:
+def _read(spec: str, with_tests: bool, allow_unsandboxed: bool) -> list[Row]:
     paths, entry, called = locate(spec), get(spec), name(spec)
     if entry is None:
         problems: Iterable[Row] = ({"task": "math" if row["tests"] is None else "code"} | row for row in parquet.load(paths[0]))
     else:
-        problems = ({"task": entry.task} | row | {"problem_id": f"{called}/{row['problem_id']}"} for row in entry.read(paths, with_tests))
-    rows = [dict.fromkeys(PROBLEM.names) | problem | {"source": called, "split": "test"} for problem in problems]
+        problems = (
+            {"task": entry.task} | row | {"problem_id": f"{called}/{row['problem_id']}"}
+            for row in entry.read(paths, with_tests, allow_unsandboxed)
+        )
+    rows: list[Row] = [dict.fromkeys(PROBLEM.names) | problem | {"source": called, "split": "test"} for problem in problems]
     if not rows:
         raise UserError(f"{spec} holds no problems")
     if entry is not None and ":" not in spec and len(rows) != entry.problems:

@@ -16,7 +16,8 @@ from trd_megatron.data.parquet import read_rows
 from trd_megatron.errors import UserError
 from trd_megatron.progress import bar
 from trd_megatron.run_dir import file_sha256, write_json
-from trd_megatron.verify import code, plain_values
+from trd_megatron.verify import plain_values
+from trd_megatron.verify.run_function import FunctionRunner
 
 INSTALL = "pip install 'trd_megatron[code]'"
 COLUMNS = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
@@ -63,16 +64,16 @@ def locate(kind: Literal["human_eval", "mbpp"]) -> list[Path]:
     return [Path(path)]
 
 
-def read_human_eval(paths: Sequence[Path], with_tests: bool) -> Iterator[dict[str, Any]]:
+def read_human_eval(paths: Sequence[Path], with_tests: bool, allow_unsandboxed: bool) -> Iterator[dict[str, Any]]:
     """HumanEval+'s problems: the text is the signature and docstring. Raises UserError if a file is no such file."""
     for path in paths:
         rows = _rows(path)
-        tests = _all_tests(path, rows, COMPARE) if with_tests else {}
+        tests = _all_tests(path, rows, COMPARE, allow_unsandboxed) if with_tests else {}
         for row in rows:
             yield {"problem_id": row["task_id"], "problem": row["prompt"].strip("\n"), "tests": tests.get(row["task_id"])}
 
 
-def read_mbpp(paths: Sequence[Path], with_tests: bool) -> Iterator[dict[str, Any]]:
+def read_mbpp(paths: Sequence[Path], with_tests: bool, allow_unsandboxed: bool) -> Iterator[dict[str, Any]]:
     """MBPP+'s problems: the text is a sentence and an assert that names the function. Raises UserError if a file is no such file."""
     for path in paths:
         rows = _rows(path)
@@ -85,7 +86,7 @@ def read_mbpp(paths: Sequence[Path], with_tests: bool) -> Iterator[dict[str, Any
             for row in rows:
                 for name in ("base_input", "plus_input"):
                     row[name] = mbpp_deserialize_inputs(row["task_id"], row[name])
-            tests = _all_tests(path, rows, MBPP_COMPARE)
+            tests = _all_tests(path, rows, MBPP_COMPARE, allow_unsandboxed)
         for row in rows:
             text = row["prompt"].strip().removeprefix('"""').removesuffix('"""').strip()
             yield {"problem_id": row["task_id"], "problem": text, "tests": tests.get(row["task_id"])}
@@ -100,27 +101,27 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _all_tests(path: Path, rows: list[dict[str, Any]], compare: dict[str, str]) -> dict[str, str]:
+def _all_tests(path: Path, rows: list[dict[str, Any]], compare: dict[str, str], allow_unsandboxed: bool) -> dict[str, str]:
     """Task id -> tests in the form of records.PROBLEM. The programs are run at first use of a data file only."""
     cache = cache_dir() / "evalplus" / f"{path.stem}-{file_sha256(path)[:16]}.json"
     if not cache.exists():
-        with bar("evalplus", len(rows), "tasks") as shown:
-            found = {}
+        found = {}
+        with FunctionRunner(allow_unsandboxed=allow_unsandboxed) as runner, bar("evalplus", len(rows), "tasks") as shown:
             for row in rows:
-                found[row["task_id"]] = json.dumps(_tests(row, compare.get(row["entry_point"], "exact")))
+                found[row["task_id"]] = json.dumps(_tests(runner, row, compare.get(row["entry_point"], "exact")))
                 shown.advance()
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_json(cache, found)
     return json.loads(cache.read_text(encoding="utf-8"))
 
 
-def _tests(row: dict[str, Any], compare: str) -> dict[str, Any]:
+def _tests(runner: FunctionRunner, row: dict[str, Any], compare: str) -> dict[str, Any]:
     entry = row["entry_point"]
     program = row["prompt"] + row["canonical_solution"] + (NOT_NONE.format(name=entry) if compare == "not_none" else "")
     inputs = [plain_values.encode(list(arguments)) for arguments in [*row["base_input"], *row["plus_input"]]]
     tests = {
         "inputs": inputs,
-        "outputs": code.run_function(program, entry, inputs),
+        "outputs": runner.run(program, entry, inputs),
         "fn_name": entry,
         "setup": "",  # nothing: in EvalPlus a program brings its own imports
         "compare": compare,

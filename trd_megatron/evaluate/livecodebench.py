@@ -28,7 +28,7 @@ class _TextOnly(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}, which a text does not need")
 
 
-def read(paths: Sequence[Path], with_tests: bool) -> Iterator[dict[str, Any]]:
+def read(paths: Sequence[Path], with_tests: bool, _: bool = False) -> Iterator[dict[str, Any]]:
     """Yields the problems. Without tests, those columns are not decoded. Raises UserError that names the file and the problem."""
     for path in paths:
         try:

@@ -8,8 +8,8 @@ Row = dict[str, Any]
 
 # AMOBench's answers in variables are checked at these values, those of its own grader (question_id -> values).
 AMO_CHECK_VALUES = {
-    5: [{"n": n} for n in range(1, 21)],
-    37: [{"a": n, "b": n + 1, "c": n + 2} for n in range(2, 19)],
+    5: [f"n={n}" for n in range(1, 21)],
+    37: [f"a={n},b={n + 1},c={n + 2}" for n in range(2, 19)],
 }
 
 

@@ -20,11 +20,11 @@ from trd_megatron.stages.rollout import student_tasks
 SAMPLING = ("temperature", "top_p", "top_k", "max_prompt_tokens", "max_response_tokens")
 
 
-def problems_of(benchmark: str, run_dir: RunDir) -> list[dict[str, Any]]:
+def problems_of(config: Config, benchmark: str, run_dir: RunDir) -> list[dict[str, Any]]:
     """Rows of records.PROBLEM. benchmark: as in evaluate.benchmarks."""
     if benchmark == "test":
         return [problem for problem in prepare.read(run_dir).values() if problem["split"] == "test"]
-    return benchmarks.load(benchmark)
+    return benchmarks.load(benchmark, allow_unsandboxed=config.verify.code.allow_unsandboxed)
 
 
 def _source(benchmark: str) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def _run(config: Config, run_dir: RunDir, folder: Path, engines: Engines, weight
     for benchmark in settings.benchmarks:
         target = folder / f"{benchmarks.name(benchmark)}.parquet"
         parts = folder / f".{target.stem}.parts"
-        problems = problems_of(benchmark, run_dir)
+        problems = problems_of(config, benchmark, run_dir)
         plain = benchmarks.plain_prompt(benchmark)
         tasks, skipped = student_tasks(chat, problems, settings.samples, settings.max_prompt_tokens, "evaluate.max_prompt_tokens", plain)
         if not target.exists():

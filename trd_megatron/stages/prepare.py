@@ -57,7 +57,8 @@ def collect(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any]]:
             dropped[reason] = dropped.get(reason, 0) + 1
     usable, in_benchmarks = exclude(usable, data.exclude_benchmarks)
     if not usable:
-        raise UserError(f"{data.path or data.source} holds no usable problems")
+        why = ", ".join(f"{reason} ({count})" for reason, count in {**dropped, **in_benchmarks}.items() if count)
+        raise UserError(f"{data.path or data.source} holds no problems" + (f" that can be used: {why}" if why else ""))
     revisions = {revision for path in paths if (revision := hub.revision(path))}
     figures: dict[str, Any] = {"dropped": dropped, "in_benchmarks": in_benchmarks}
     if revisions:

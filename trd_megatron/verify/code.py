@@ -30,7 +30,6 @@ import builtins
 import json
 import os
 import re
-import textwrap
 import threading
 import time
 from collections import deque
@@ -50,8 +49,9 @@ KEPT_PROGRAM_CHARS = 20_000  # of such a one, in the verdict
 MAX_DETAIL = 300  # characters
 
 _PYTHON = ("python", "py", "python3")
-_OPENING = re.compile(r"(`{3,})[ \t]*([\w+.#-]*)[^`\n]*$")
-_CLOSING = re.compile(r"[ \t]*(`{3,})(?![ \t]*\w)")
+# Possessive, so that no line takes more than linear time.
+_OPENING = re.compile(r"(?<!`)(`{3,}+)[ \t]*+([\w+.#-]*+)[^`\n]*+$")
+_CLOSING = re.compile(r"[ \t]*+(`{3,}+)(?![ \t]*+\w)")
 
 
 def extract_program(text: str) -> str | None:
@@ -62,22 +62,20 @@ def extract_program(text: str) -> str | None:
     """
     start = text.rfind("</think>") + 1
     found: dict[bool, str] = {}  # is it fenced as python -> contents
-    opened: tuple[str, str, list[str]] | None = None  # backticks, language, lines
+    fence, language, indent, lines = "", "", 0, list[str]()  # of the open block; no fence: none is open
     for line in text[start:].split("\n"):
         line = line.rstrip("\r")
-        if "```" in line:
-            closing, opening = _CLOSING.match(line), _OPENING.search(line)
-            if opened is not None and closing is not None and len(closing[1]) >= len(opened[0]):
-                if opened[1] in _PYTHON or not opened[1]:
-                    found[opened[1] in _PYTHON] = textwrap.dedent("\n".join(opened[2]))
-                opened = None
-                continue
-            # A block that is still open when the next begins was cut off.
-            if opening is not None and (opening[2].lower() in _PYTHON or (opened is None and not line[: opening.start()].strip())):
-                opened = opening[1], opening[2].lower(), []
-                continue
-        if opened is not None:
-            opened[2].append(line)
+        closing, opening = (_CLOSING.match(line), _OPENING.search(line)) if "```" in line else (None, None)
+        if fence and closing is not None and len(closing[1]) >= len(fence):
+            if language in _PYTHON or not language:
+                found[language in _PYTHON] = "\n".join(lines)
+            fence = ""
+        # A block that is still open when the next begins was cut off.
+        elif opening is not None and (opening[2].lower() in _PYTHON or (not fence and not line[: opening.start()].strip())):
+            fence, language, lines = opening[1], opening[2].lower(), []
+            indent = len(line) - len(line.lstrip())
+        elif fence:
+            lines.append(line[min(indent, len(line) - len(line.lstrip())) :])
     return found.get(True, found.get(False))
 
 
@@ -108,17 +106,25 @@ class _Limits:
         """Seconds that the next test may take. Raises _Outcome when the program has had its time."""
         left = self.end - time.monotonic()
         if left <= 0:
-            raise _Outcome("timeout", f"not done within {self.total_timeout_s:g} s")
+            raise self.passed("before its next test")
         return min(self.timeout_s, left)
+
+    def passed(self, where: str) -> _Outcome:
+        """The verdict when one of the two limits has passed."""
+        if time.monotonic() >= self.end:
+            return _Outcome("timeout", f"{where}: not done with all tests within {self.total_timeout_s:g} s")
+        return _Outcome("timeout", f"{where}: not done within {self.timeout_s:g} s")
 
 
 def _fail(ended: Ended, where: str, limits: _Limits) -> _Outcome:
     """The verdict of a program whose process ended too early."""
     match ended.how:
         case "timeout":
-            return _Outcome("timeout", f"{where}: not done within {limits.timeout_s:g} s" + (f" ({ended.detail})" if ended.detail else ""))
+            return limits.passed(where)
         case "memory":
             return _Outcome("fail", f"{where}: more than {limits.memory_mb} MB of memory")
+        case "processes":
+            return _Outcome("fail", f"{where}: too many processes")
         case "output":
             return _Outcome("fail", f"{where}: too much output")
         case "collapse":
@@ -175,7 +181,7 @@ def _answer(line: bytes | Ended, where: str, limits: _Limits) -> dict[str, Any]:
             raised = said["raised"]
             if not (isinstance(raised, list) and all(isinstance(name, str) for name in raised)):
                 raise ValueError
-            answer |= {"raised": [name for name in raised if name in _EXCEPTIONS][:1], "detail": _one_line(str(said["detail"]))}
+            answer |= {"raised": [name for name in raised[:20] if name in _EXCEPTIONS], "detail": _one_line(str(said["detail"]))}
         if "arguments" in said:
             answer["arguments"] = _list(decode(said["arguments"]))
     except NotPlain as error:
@@ -248,7 +254,7 @@ def _run_asserts(candidate: Sandbox, checker: Sandbox, program: str, tests: dict
             break
         left = end - time.monotonic()
         if left <= 0:
-            raise _Outcome("timeout", f"not done within {limits.timeout_s:g} s")
+            raise limits.passed(f"call {calls + 1}")
         calls += 1
         answer = _answer(candidate.ask(said, left), f"call {calls}", limits)
         if not {"value", "raised"} & answer.keys():
@@ -320,7 +326,13 @@ class _Worker:
             return "error", _one_line(f"{type(error).__name__}: {error}")
         return "pass", ""
 
+    def abort(self) -> None:
+        """Makes grade(), in its thread, come to an end."""
+        self.candidate.abort()
+        self.checker.abort()
+
     def kill(self) -> None:
+        """Ends both sandboxes; not while grade() is at work."""
         self.candidate.kill()
         self.checker.kill()
 
@@ -350,7 +362,7 @@ class CodeVerifier:
         self._workers = [_Worker(level) for _ in range(workers)]
         self._idle = list(self._workers)
         self._threads: ThreadPoolExecutor | None = None
-        self._in_use = False
+        self._in_use = self._closing = False
 
     def __enter__(self) -> "CodeVerifier":
         return self
@@ -360,13 +372,19 @@ class CodeVerifier:
 
     def close(self) -> None:
         """Ends everything that runs. The verifier can be used again; it starts anew then."""
-        for worker in self._workers:
-            worker.kill()
-        if self._threads is not None:
-            self._threads.shutdown()
-            self._threads = None
-        for worker in self._workers:  # one may have been about to start when the first kill came
-            worker.kill()
+        self._closing = True
+        try:
+            while len(self._idle) < len(self._workers):  # again and again: one may have been about to start
+                for worker in self._workers:
+                    worker.abort()
+                time.sleep(0.01)
+            if self._threads is not None:
+                self._threads.shutdown(cancel_futures=True)
+                self._threads = None
+            for worker in self._workers:
+                worker.kill()
+        finally:
+            self._closing = False
 
     def verify_many(self, items: Iterable[tuple[str, Any]]) -> Iterator[Verdict]:
         """One verdict for each (response, tests), in order, each as soon as it and all before it are known.
@@ -399,8 +417,6 @@ class CodeVerifier:
         finally:
             self._in_use = False
             if any(not future.done() for future in waiting):  # the caller or an item stopped us
-                for future in waiting:
-                    future.cancel()
                 self.close()
 
     def _grade(self, response: str, tests: Any) -> Verdict:
@@ -414,6 +430,8 @@ class CodeVerifier:
             return Verdict.of("fail", program[:KEPT_PROGRAM_CHARS], detail)
         worker = self._idle.pop()
         try:
+            if self._closing:
+                return Verdict.of("error", program, "stopped")
             kind, detail = worker.grade(program, tests, _Limits(self.timeout_s, self.total_timeout_s, self.memory_mb))
         finally:
             self._idle.append(worker)
@@ -423,6 +441,11 @@ class CodeVerifier:
 _shared: CodeVerifier | None = None
 _shared_owner = 0  # process id: after a fork the child must not talk through its parent's links
 _shared_lock = threading.Lock()
+
+
+def _close_shared() -> None:
+    if _shared is not None and _shared_owner == os.getpid():
+        _shared.close()
 
 
 def verify_code(
@@ -444,7 +467,7 @@ def verify_code(
         settings = CodeVerifier(1, timeout_s, total_timeout_s, memory_mb, allow_unsandboxed)  # starts nothing
         if _shared is None or _shared_owner != os.getpid():
             _shared, _shared_owner = settings, os.getpid()
-            atexit.register(_shared.close)
+            atexit.register(_close_shared)
         _shared.timeout_s, _shared.total_timeout_s, _shared.memory_mb = timeout_s, total_timeout_s, memory_mb
         [verdict] = _shared.verify_many([(response, tests)])
         return verdict

@@ -20,9 +20,11 @@ def output_difference(output: str, expected: str) -> str | None:
 
     A line may also hold the same numbers in other writing ("1.0" for "1"), compared exactly, as decimal fractions.
     """
-    lines, expected_lines = ([line.strip() for line in text.strip().split("\n")] for text in (output, expected))
-    if len(lines) != len(expected_lines):
-        return f"{len(lines)} lines of output, expected {len(expected_lines)}"
+    output, expected = output.strip(), expected.strip()
+    count, expected_count = output.count("\n") + 1, expected.count("\n") + 1
+    if count != expected_count:
+        return f"{count:,} lines of output, expected {expected_count:,}"
+    lines, expected_lines = ([line.strip() for line in text.split("\n")] for text in (output, expected))
     for number, (line, expected_line) in enumerate(zip(lines, expected_lines, strict=True), 1):
         if line != expected_line and not _same_decimals(line, expected_line):
             return f"line {number} of the output is {show(line)}, expected {show(expected_line)}"
@@ -30,8 +32,11 @@ def output_difference(output: str, expected: str) -> str | None:
 
 
 def _same_decimals(line: str, expected: str) -> bool:
+    words, expected_words = line.split(), expected.split()
+    if len(words) != len(expected_words):
+        return False
     try:
-        return [Decimal(word) for word in line.split()] == [Decimal(word) for word in expected.split()]
+        return all(Decimal(word) == Decimal(other) for word, other in zip(words, expected_words, strict=True))
     except ArithmeticError:  # no number; or a signalling NaN, which refuses to be compared
         return False
 
@@ -111,9 +116,11 @@ def _all_close(result: Any, expected: Any, tolerance: float) -> bool:
 
 
 def _as_sets(result: Any, expected: Any, arguments: list[Any], tolerance: float) -> bool:
+    if not isinstance(result, list | tuple | set | frozenset | dict | str):  # a range may be longer than any memory
+        return False
     try:
         return plain_set(result) == plain_set(expected)
-    except (TypeError, NotPlain):  # not iterable, or of lists
+    except (TypeError, NotPlain):  # of lists
         return False
 
 

@@ -53,7 +53,7 @@ class Level:
 class Ended:
     """How a process of a program's ended.
 
-    how     exit | timeout | memory | output | collapse (the whole sandbox is gone)
+    how     exit | timeout | memory | processes | output | collapse (the whole sandbox is gone)
     detail  empty after an exit with code 0
     errors  the end of its standard error
     output  its standard output
@@ -70,7 +70,7 @@ class SandboxError(RuntimeError):
 
 
 class Sandbox:
-    """A launcher and the program that it has in hand. Starts with the first program; for one thread, which must outlive it.
+    """A launcher and the program that it has in hand. Starts with the first program; for one thread at a time.
 
     The launcher dies with the thread that started it, and whatever runs in it with the launcher.
     """
@@ -83,10 +83,20 @@ class Sandbox:
 
     def begin(self, memory_mb: int, cpu_s: float) -> None:
         """Opens a cage for one program. Raises SandboxError."""
-        if self._process is None or self._process.poll() is not None:
-            self.kill()
-            self._start()
-        self._send({"op": "program", "memory_bytes": memory_mb << 20, "cpu_s": int(cpu_s) + 1})
+        order = {"op": "program", "memory_bytes": int(memory_mb) << 20, "cpu_s": int(cpu_s) + 1}
+        if self._process is not None:
+            try:
+                self._send(order)
+                self._receive()
+                return
+            except (SandboxError, _Gone):  # it died while it was idle: it has no program on its conscience
+                self.kill()
+        self._start()
+        self._send(order)
+        try:
+            self._receive()
+        except _Gone as gone:
+            raise SandboxError(str(gone)) from None
 
     def run(self, job: dict[str, Any], standard_input: bytes, timeout_s: float) -> Ended:
         """One run of the job (runner.run) from start to end. Raises SandboxError."""
@@ -113,17 +123,26 @@ class Sandbox:
         except _Gone as gone:
             raise SandboxError(str(gone)) from None
 
+    def abort(self) -> None:
+        """From another thread: kills what runs, so that the call that waits for it raises SandboxError or gives a result."""
+        process, link = self._process, self._link
+        if process is not None:
+            process.kill()
+        if link is not None:
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+
     def kill(self) -> None:
-        """Ends everything at once; harmless where nothing is left. May be called from another thread."""
+        """Ends everything at once; harmless where nothing is left."""
         process, link = self._process, self._link
         self._process = self._link = None
-        if link is not None:
-            link.close()
         if process is not None:
             process.kill()
             # With a limit: a Ctrl-C that came inside poll() can leave Popen's lock taken.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=5)
+        if link is not None:
+            link.close()
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
@@ -238,7 +257,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())[-500:]
 
 
-def _paths(level: LevelName) -> dict[str, list[str]]:
+def _paths(level: LevelName) -> dict[str, Any]:
     """What a cage holds of the environment: Python itself, a few packages, and not the folders that they come from."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     base = os.path.realpath(sys.base_prefix)
@@ -252,8 +271,10 @@ def _paths(level: LevelName) -> dict[str, list[str]]:
                 packages[name] = os.path.realpath(f"{folder}/{name}")
     hidden = [f"{base}/lib/{version}/site-packages", f"{base}/lib/{version}/dist-packages", "/usr/lib/python3/dist-packages"]
     hidden += [path for path in map(os.path.realpath, folders) if path.endswith(("site-packages", "dist-packages"))]
+    executable = os.path.realpath(sys.executable)
     return {
-        "python": sorted({os.path.realpath(sys.executable), *python}),
+        "executable": executable,
+        "python": sorted({executable, *python}),
         "packages": list(packages.values()),
         "hidden": sorted(set(hidden)),
         "paths": ["/packages"] if level == "full" else sorted({os.path.dirname(path) for path in packages.values()}),
@@ -263,22 +284,24 @@ def _paths(level: LevelName) -> dict[str, list[str]]:
 @functools.cache
 def level() -> Level:
     """What this machine gives, found out by running a program; once for each process."""
-    reason = ""
+    reasons = []
+    # At `limits`, root's programs run as another user, who may not be able to read Python.
+    trial = {"program": "import plistlib\nprint(40 + 2)", "setup": ""}
     names: tuple[LevelName, ...] = ("full", "limits")
     for name in names:
         sandbox = Sandbox(name)
         try:
             sandbox.begin(memory_mb=512, cpu_s=30)
-            ended = sandbox.run({"program": "print(40 + 2)", "setup": ""}, b"", timeout_s=30)
+            ended = sandbox.run(trial, b"", timeout_s=30)
             sandbox.end()
             if ended.output == b"42\n":
-                return Level(name, reason)
-            reason = reason or f"a trial program ended by {ended.how} {ended.detail} {ended.errors[-200:]}"
+                return Level(name, "; ".join(reasons))
+            reasons.append(f"a trial program fails: {_one_line(f'{ended.how} {ended.detail} {ended.errors[-200:]}')}")
         except SandboxError as error:
-            reason = reason or str(error)
+            reasons.append(str(error))
         finally:
             sandbox.kill()
-    return Level("none", reason)
+    return Level("none", "; ".join(reasons))
 
 
 def require(allow_unsandboxed: bool) -> LevelName:

@@ -117,19 +117,46 @@ class Jail:
             return
         if self.filter is None:
             raise Refused(f"no system call filter for processor {_MACHINE}")
-        user, group = os.getuid(), os.getgid()
         spaces = _NEWNS | _NEWUTS | _NEWIPC | _NEWNET
         own_user_space = not capabilities >> _CAP_SYS_ADMIN & 1
         if own_user_space:
-            _unshare(spaces | _NEWUSER)
-            for name, text in (("setgroups", "deny"), ("uid_map", f"{INSIDE_USER} {user} 1"), ("gid_map", f"{INSIDE_USER} {group} 1")):
-                with open(f"/proc/self/{name}", "w") as file:
-                    file.write(text)
-            self.user = None  # it has but one
+            self._enter_user_space(spaces)
         else:
             _unshare(spaces)
         _mount("none", "/", None, _REC | _PRIVATE)
         self._build_root(with_proc=own_user_space)
+
+    def _enter_user_space(self, other_spaces: int) -> None:
+        """Unshares with a user namespace, which gives the rights that we lack outside. It has our user, and another where we may have one."""
+        pairs = [(INSIDE_USER, os.getuid(), os.getgid())]
+        if self.user is not None:
+            pairs.append((INSIDE_USER + 1, self.user, self.user))
+            self.user = INSIDE_USER + 1
+        maps = {"setgroups": "deny"} if self.user is None else {}  # only who may change users may keep it
+        maps["uid_map"] = "".join(f"{inside} {user} 1\n" for inside, user, _ in pairs)
+        maps["gid_map"] = "".join(f"{inside} {group} 1\n" for inside, _, group in pairs)
+        inside, ready = os.pipe()
+        process = os.getpid()
+        writer = os.fork()  # a second user can be mapped only from outside
+        if writer == 0:
+            try:
+                os.close(ready)
+                os.read(inside, 1)  # or nothing, where there is no new namespace to be written
+                for name, text in maps.items():
+                    with open(f"/proc/{process}/{name}", "w") as file:
+                        file.write(text)
+                os._exit(0)
+            except OSError as error:
+                os._exit(error.errno or 1)
+            finally:
+                os._exit(1)
+        _unshare(other_spaces | _NEWUSER)
+        os.write(ready, b"x")
+        code = os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1])
+        os.close(inside)
+        os.close(ready)
+        if code != 0:
+            raise Refused(f"users of a new user namespace: {os.strerror(code)}")
 
     def _build_root(self, with_proc: bool) -> None:
         root = "/tmp"  # what lies under it is hidden from here on, but can be bound by its open descriptor
@@ -174,12 +201,17 @@ class Jail:
         _mount("none", "/", None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
 
     def _close_mounts(self, root: str) -> None:
-        """Makes every mount below the root read-only, those that came along inside of a bind too."""
+        """Makes every mount below the root's read-only, those that came along inside of a bind too."""
+        below: set[str] = set()  # ids; a mount comes after the one that it stands on, and what the root has hidden is not below it
         with open("/proc/self/mountinfo") as lines:
-            mounts = [line.split()[4:6] for line in lines]
-        for place, options in mounts:
+            mounts = [line.split()[:6] for line in lines]
+        top = [number for number, _, _, _, place, _ in mounts if place == root][-1]
+        for number, parent, _, _, place, options in mounts:
+            if parent != top and parent not in below:
+                continue
+            below.add(number)
             path = place.encode().decode("unicode_escape").encode("latin-1").decode(errors="surrogateescape")  # a space is \040
-            if path.startswith(root + "/") and not path.startswith(root + "/proc"):
+            if not path.startswith(root + "/proc"):
                 kept = sum(flag for name, flag in _KEPT_OPTIONS.items() if name in options.split(","))
                 devices = 0 if path.startswith(root + "/dev/") else _NODEV
                 _mount("none", path, None, _REMOUNT | _BIND | _RDONLY | _NOSUID | kept | devices)
@@ -209,8 +241,10 @@ class Jail:
     def new_folder(self, first: bool = False) -> None:
         """An empty folder in place of the one that the last process wrote to."""
         if self.full:
-            os.chdir("/")
             if not first:
+                space, mode = os.statvfs("/tmp"), os.stat("/tmp").st_mode
+                if space.f_files - space.f_ffree == 1 and space.f_bfree == space.f_blocks and mode == stat.S_IFDIR | 0o1777:
+                    return  # as it was; unmounting costs more than a trivial program
                 _check(_libc.umount2(b"/tmp", _DETACH), "umount /tmp")
             options = f"mode=1777,size={FOLDER_BYTES},nr_inodes={FOLDER_FILES}"
             _mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV, options)

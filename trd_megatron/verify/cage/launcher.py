@@ -2,7 +2,7 @@
 
 Run as a script: `python -P -s -S launcher.py PARENT`, with a socket to the grader as descriptor 0. First message: the plan of the jail
 (jail.Jail), answered by {"ready": true} or {"refused": why}. Then, for each program, {"op": "program", "memory_bytes", "cpu_s"},
-after which the program's own supervisor answers (supervisor.serve) until {"op": "end"}; when its tree is gone we say {"closed": true}.
+answered by {"open": true}, after which the program's own supervisor answers (supervisor.serve) until {"op": "end"}; when its tree is gone we say {"closed": true}.
 """
 
 import os
@@ -34,7 +34,7 @@ def main() -> None:
         null = os.open("/dev/null", os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
-        runner.prepare(first[0]["paths"])
+        runner.prepare(first[0]["paths"], first[0]["executable"])
     except (jail.Refused, OSError) as error:
         frames.send(link, {"refused": str(error)})
         return
@@ -44,6 +44,7 @@ def main() -> None:
     frames.send(link, {"ready": True})
     while (message := frames.receive(link)) is not None:
         order = message[0]
+        frames.send(link, {"open": True})
         walls.make_folder()
         tree = os.fork()
         if tree == 0:

@@ -4,6 +4,7 @@ run() and talk() are called right after the fork and never return. Everything af
 nothing that it sends or leaves behind is trusted by anyone.
 """
 
+import _sitebuiltins
 import atexit
 import builtins
 import importlib.util
@@ -45,8 +46,11 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 _plain_values = _load_plain_values()
 
 
-def prepare(paths: list[str]) -> None:
+def prepare(paths: list[str], executable: str) -> None:
     """In the launcher, once: everything that programs share. `paths` are where packages lie, beside the standard library."""
+    for name in ("exit", "quit"):  # of the module site, which we do without
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
+    sys.executable = sys._base_executable = executable  # type: ignore[attr-defined]
     sys.path[:] = [path for path in sys.path if path != _HERE] + paths
     for name in STAR_MODULES:
         exec(f"from {name} import *", _usual_names)
@@ -110,7 +114,7 @@ def run(job: bytes, job_input: int, output: int, errors: int, ready: int, confin
     """One run of {"program", "setup"} with real standard input and output. Ends the process: 0, or 1 after an exception."""
     _begin(confine, ready, [job_input, output, errors])
     content = json.loads(job)
-    code = 0
+    leave, code = os._exit, 0  # not to be looked up later: the program may have put something else there
     try:
         module = _new_module("__main__", content["setup"])
         exec(compile(content["program"], "<program>", "exec", dont_inherit=True), module.__dict__)
@@ -128,20 +132,20 @@ def run(job: bytes, job_input: int, output: int, errors: int, ready: int, confin
                 stream.flush()
             except BaseException:  # it may have closed or replaced them
                 pass
-        os._exit(code)
+        leave(code)
 
 
 def talk(job: bytes, requests: int, replies: int, ready: int, confine: Callable[[], None]) -> None:
     """Serves {"kind": "functions" | "asserts", ...} over lines of JSON; ends the process at the end of the requests."""
     null = os.open("/dev/null", os.O_RDWR)
     _begin(confine, ready, [null, null, null, requests, replies])
-    content = json.loads(job)
+    content, leave = json.loads(job), os._exit
     with open(3, "rb") as lines:
         if content["kind"] == "functions":
             _serve_functions(content, lines)
         else:
             _run_asserts(content, lines)
-    os._exit(0)
+    leave(0)
 
 
 def _say(message: dict[str, Any]) -> None:
@@ -249,12 +253,20 @@ def _stand_in(name: str, lines: Any) -> Callable[..., Any]:
             _take_over(mine, theirs)
         if "value" in answer:
             return _plain_values.decode(answer["value"])
-        for kind in answer["raised"]:
-            raise getattr(builtins, kind)(answer["detail"])
-        raise RuntimeError(answer["detail"])
+        raise _exception(answer["raised"], answer["detail"])
 
     call.__name__ = name
     return call
+
+
+def _exception(kinds: list[str], detail: str) -> Exception:
+    """An exception of the first of these built-in classes that a text makes one of."""
+    for kind in kinds:
+        try:
+            return getattr(builtins, kind)(detail)  # type: ignore[no-any-return]
+        except TypeError:  # UnicodeDecodeError wants more
+            continue
+    return RuntimeError(detail)
 
 
 def _take_over(mine: Any, theirs: Any) -> None:

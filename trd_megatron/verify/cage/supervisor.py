@@ -9,7 +9,7 @@ from typing import Any
 
 import frames
 import runner
-from jail import Jail
+from jail import MAX_PROCESSES, Jail
 
 MAX_OUTPUT_BYTES = 10 << 20  # standard output and error of one run together
 MAX_REPLY_BYTES = 4 << 20  # of one function result, as JSON
@@ -29,7 +29,7 @@ def serve(link: int, order: dict[str, Any], jail: Jail) -> None:
     link    messages {"op": "run", "timeout_s", "job_bytes"} with a job and the standard input as body: one run;
             {"op": "load", "timeout_s"} with the job: starts an interactive process and gives its first line;
             {"op": "send", "timeout_s"} with a line for it: gives the line that it answers with.
-            Each is answered by {"ended": how, "detail": ...} (how: exit | timeout | memory | output) or {"line": true}, with a body.
+            Each is answered by {"ended": how, "detail": ...} (how: exit | timeout | memory | processes | output) or {"line": true}, with a body.
     """
     talker: _Process | None = None
     while (message := frames.receive(link)) is not None:
@@ -73,13 +73,14 @@ class _Process:
             fcntl.fcntl(their_input, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
         self.process = os.fork()
         if self.process == 0:
+            leave = os._exit  # a program may patch it
             try:
                 if job_input is None:
                     runner.talk(job, their_input, their_output, say_ready, lambda: jail.confine(self.memory_bytes, cpu_s))
                 else:
                     runner.run(job, their_input, their_output, their_errors, say_ready, lambda: jail.confine(self.memory_bytes, cpu_s))
             finally:
-                os._exit(70)
+                leave(70)
         for theirs in (their_input, their_output, their_errors, say_ready):
             os.close(theirs)
         said = os.read(is_ready, 1000)
@@ -107,14 +108,17 @@ class _Process:
         return {"line": True}, answer
 
     def watch(self, deadline: float) -> str:
-        """Waits until something ends it: exit | timeout | memory | output, or "line" where an interactive process has answered."""
+        """Waits until something ends it: exit | timeout | memory | processes | output, or "line" where an interactive process has answered."""
         next_look = time.monotonic()
         while True:
             now = time.monotonic()
             if now >= deadline:
                 return "timeout"
             if now >= next_look:
-                if self._memory() > self.memory_bytes:
+                processes = self.jail.others()
+                if len(processes) > MAX_PROCESSES:  # the kernel does not limit those of user 0, though it has no rights here
+                    return "processes"
+                if self._memory(processes) > self.memory_bytes:
                     return "memory"
                 next_look = time.monotonic() + (LOOK_EVERY_S if self.jail.full else LOOK_SELDOM_S)
             for descriptor, _ in self.poll.poll(max(0.0, 1000 * (min(deadline, next_look) - now))):
@@ -160,10 +164,11 @@ class _Process:
             self.output += part
         return True
 
-    def _memory(self) -> int:
-        """Bytes in memory of the whole tree; pages that processes share count for each of them."""
+    @staticmethod
+    def _memory(processes: list[int]) -> int:
+        """Bytes in memory of all of them; pages that they share count for each."""
         pages = 0
-        for process in self.jail.others():
+        for process in processes:
             try:
                 with open(f"/proc/{process}/statm", "rb") as file:
                     pages += int(file.read().split()[1])

@@ -210,4 +210,4 @@ def test_an_untested_megatron_goes_on_only_when_asked(
     assert trd(*arguments, monkeypatch=monkeypatch, capsys=capsys)[0] == 0
     kept = json.loads((tmp_path / "run/problems/manifest.json").read_text())
     assert (kept["fingerprint"], kept["finished"]) == (allowed["fingerprint"], allowed["finished"])  # skipped: the flag is no setting
-    assert "untested" not in (tmp_path / "run/config.yaml").read_text()
+    assert "allow_untested" not in (tmp_path / "run/config.yaml").read_text()

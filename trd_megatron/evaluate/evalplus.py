@@ -55,9 +55,7 @@ def locate(kind: Kind) -> list[Path]:
             with contextlib.redirect_stdout(sys.stderr):  # it prints
                 make_cache(url, str(path))
         except (OSError, EOFError, ValueError) as error:
-            raise UserError(
-                f"EvalPlus' {url} cannot be downloaded ({type(error).__name__}): give a file, e.g. humaneval_plus:FILE"
-            ) from error
+            raise UserError(f"EvalPlus' {url} cannot be downloaded ({type(error).__name__}): give a file, {kind}:FILE") from error
     return [path]
 
 

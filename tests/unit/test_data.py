@@ -8,10 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from trd_megatron import pipeline
 from trd_megatron.config import load
 from trd_megatron.data import champ, deduplicate, deepscaler, human_eval, parquet
 from trd_megatron.errors import UserError
 from trd_megatron.evaluate import avg_at_k, pass_at_k
+from trd_megatron.run_dir import RunDir
 from trd_megatron.stages import prepare
 from trd_megatron.verify import code_tests
 
@@ -258,3 +260,16 @@ def test_metrics() -> None:
     for outcomes in ([], [[True], []]):
         with pytest.raises(ValueError, match="avg_at_k"):
             avg_at_k(outcomes)
+
+
+def test_prepare_is_stale_when_a_file_it_read_changes(tmp_path: Path) -> None:
+    exams = jsonl(tmp_path / "exams.jsonl", ROWS[:2])
+    config = load(["experiment=smoke", f"data.exclude_benchmarks=['aime24','{exams}']"])
+
+    def fingerprint() -> str:
+        return next(pipeline.works(config, RunDir(tmp_path / "run", "smoke"))).folder.fingerprint
+
+    first = fingerprint()
+    assert fingerprint() == first  # and a benchmark of the hub is not downloaded for it
+    jsonl(exams, ROWS[:3])
+    assert fingerprint() != first

@@ -52,7 +52,9 @@ def peer(cases: list[tuple[str, str]], fn_name: str | None, program: str) -> boo
     assert SPEC is not None and SPEC.submodule_search_locations is not None
     util = Path(SPEC.submodule_search_locations[0]) / "evaluation" / "testing_util.py"
     sample = {"inputs": [given for given, _ in cases], "outputs": [output for _, output in cases], "fn_name": fn_name}
-    child = subprocess.run([sys.executable, "-c", PEER, str(util), json.dumps([sample, program])], capture_output=True, text=True, timeout=60)
+    child = subprocess.run(
+        [sys.executable, "-c", PEER, str(util), json.dumps([sample, program])], capture_output=True, text=True, timeout=60
+    )
     assert child.returncode == 0, child.stderr
     return json.loads(child.stdout.splitlines()[-1])
 

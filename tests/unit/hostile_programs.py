@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (programs are data)
 """Programs that attack the sandbox or the grader. test_sandbox.py runs them all and looks for what they leave behind.
 
 PROBES try something forbidden and print "contained" where it is refused: they must pass, so that a program that crashed for another

@@ -61,7 +61,7 @@ def users_of_programs() -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             user = folder.stat().st_uid
-            if FIRST_USER <= user and user - FIRST_USER in processes(os.getpid()):
+            if user >= FIRST_USER and user - FIRST_USER in processes(os.getpid()):
                 found.append(int(folder.name))
     return found
 
@@ -73,7 +73,19 @@ def shared_memory() -> int:
 
 def traces() -> list[str]:
     """Files that a program has managed to leave."""
-    places = ["/", "/tmp", "/var/tmp", "/dev", "/dev/shm", "/usr/lib", "/etc", "/root", str(Path.home()), os.getcwd(), os.path.dirname(os.__file__)]
+    places = [
+        "/",
+        "/tmp",
+        "/var/tmp",
+        "/dev",
+        "/dev/shm",
+        "/usr/lib",
+        "/etc",
+        "/root",
+        str(Path.home()),
+        os.getcwd(),
+        os.path.dirname(os.__file__),
+    ]
     found = []
     for place in places:
         with contextlib.suppress(PermissionError, FileNotFoundError):
@@ -194,7 +206,11 @@ def test_a_killed_launcher_is_replaced():
     tests = {"inputs": ["1"], "outputs": ["1"]}
     with CodeVerifier(workers=1, allow_unsandboxed=True) as verifier:
         assert [v.verdict for v in verifier.verify_many([(block("print(input())"), tests)])] == ["pass"]
-        [launcher] = [process for process, command in processes(os.getpid()).items() if "launcher.py" in command and process not in _shared_launchers()]
+        [launcher] = [
+            process
+            for process, command in processes(os.getpid()).items()
+            if "launcher.py" in command and process not in _shared_launchers()
+        ]
         os.kill(launcher, signal.SIGKILL)
         assert [v.verdict for v in verifier.verify_many([(block("print(input())"), tests)] * 2)] == ["pass"] * 2
 
@@ -211,13 +227,19 @@ def _shared_launchers() -> set[int]:
 def test_a_sandbox_that_breaks_is_no_wrong_answer():
     """The launcher is killed while a program runs: that is ours, so the verdict is an error, and the next program is graded."""
     with CodeVerifier(workers=1, timeout_s=60) as verifier:
-        items = [(block("import time; time.sleep(600)"), {"inputs": [""], "outputs": [""]}), (block("print(1)"), {"inputs": [""], "outputs": ["1"]})]
+        items = [
+            (block("import time; time.sleep(600)"), {"inputs": [""], "outputs": [""]}),
+            (block("print(1)"), {"inputs": [""], "outputs": ["1"]}),
+        ]
 
         verdicts = verifier.verify_many(items)
 
         def kill_the_busy_one():
             wait_for(lambda: len(programs_of(os.getpid())) >= 3, "no program")
-            os.kill(next(p for p, command in processes(os.getpid()).items() if "launcher.py" in command and len(processes(p)) >= 3), signal.SIGKILL)
+            os.kill(
+                next(p for p, command in processes(os.getpid()).items() if "launcher.py" in command and len(processes(p)) >= 3),
+                signal.SIGKILL,
+            )
 
         killer = threading.Thread(target=kill_the_busy_one)
         killer.start()
@@ -272,7 +294,8 @@ for program, tests in (
     ("import os, time\\nif os.fork() == 0: os.setsid()\\ntime.sleep(100)", {{"inputs": [""], "outputs": [""]}}),
     ("import os\\nwhile True: os.fork()", {{"inputs": [""], "outputs": [""]}}),
     ("import socket; socket.socket(socket.AF_INET)", {{"inputs": [""], "outputs": [""]}}),
-    ("import os\\nfor name in ('mem', 'environ', 'maps'):\\n    try: open(f'/proc/{{os.getppid()}}/{{name}}', 'rb').read(1)\\n    except OSError: print(name)",
+    ("import os\\nfor name in ('mem', 'environ', 'maps'):\\n"
+     "    try: open(f'/proc/{{os.getppid()}}/{{name}}', 'rb').read(1)\\n    except OSError: print(name)",
      {{"inputs": [""], "outputs": ["mem\\nenviron\\nmaps"]}}),
 ):
     grade(program, tests, allow_unsandboxed=True)
@@ -300,7 +323,9 @@ def test_the_full_sandbox_needs_no_root(how, tmp_path):
     python = sys.executable
     if how == "user":
         found = [name for name in ("/usr/bin/python3.11", "/usr/local/bin/python3.11") if Path(name).exists()]
-        if os.stat(os.path.realpath(python)).st_mode & 1 and all(folder.stat().st_mode & 1 for folder in Path(os.path.realpath(python)).parents):
+        if os.stat(os.path.realpath(python)).st_mode & 1 and all(
+            folder.stat().st_mode & 1 for folder in Path(os.path.realpath(python)).parents
+        ):
             found = [python]
         if not found or not all(folder.stat().st_mode & 1 for folder in REPOSITORY.parents):
             pytest.skip("other users can read neither a Python 3.11 nor this folder")
@@ -360,5 +385,3 @@ def test_packages_and_threads_of_honest_programs():
     tests = {"inputs": ["hello\n"], "outputs": ["6 1 2 42 1024 hello"]}
     verdict = verify_code(block(textwrap.dedent(program)), tests, timeout_s=60, allow_unsandboxed=True)
     assert (verdict.verdict, verdict.detail) == ("pass", "")
-
-

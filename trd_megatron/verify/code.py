@@ -41,7 +41,7 @@ from typing import Any
 from trd_megatron.verify import sandbox
 from trd_megatron.verify.code_compare import output_difference, same_result, show
 from trd_megatron.verify.plain_values import NotPlain, decode, encode
-from trd_megatron.verify.sandbox import Ended, Sandbox, SandboxError
+from trd_megatron.verify.sandbox import Ended, Sandbox
 from trd_megatron.verify.verdict import Verdict, VerdictKind
 
 MAX_PROGRAM_CHARS = 200_000  # a longer one fails unread
@@ -390,7 +390,7 @@ class CodeVerifier:
         """One verdict for each (response, tests), in order, each as soon as it and all before it are known.
 
         `items` is read only as fast as workers take items, so it may be endless. Raises RuntimeError if another verify_many of this
-        verifier has not ended.
+        verifier has not ended, or close() comes in between.
         """
         if self._in_use:
             raise RuntimeError("another verify_many of this CodeVerifier has not ended")
@@ -398,6 +398,7 @@ class CodeVerifier:
         if self._threads is None:
             # A launcher dies with the thread that started it, so these live until close().
             self._threads = ThreadPoolExecutor(len(self._workers), thread_name_prefix="verify-code")
+        threads = self._threads
         waiting: deque[Future[Verdict]] = deque()  # in the order of the items
         try:
             source = iter(items)
@@ -409,11 +410,13 @@ class CodeVerifier:
                     except StopIteration:
                         exhausted = True
                     else:
-                        waiting.append(self._threads.submit(self._grade, response, tests))
+                        waiting.append(threads.submit(self._grade, response, tests))
                 else:
                     wait([future for future in waiting if not future.done()], return_when=FIRST_COMPLETED)
                 while waiting and waiting[0].done():
                     yield waiting.popleft().result()
+                    if self._threads is not threads:
+                        raise RuntimeError("this CodeVerifier was closed while verify_many was at work")
         finally:
             self._in_use = False
             if any(not future.done() for future in waiting):  # the caller or an item stopped us

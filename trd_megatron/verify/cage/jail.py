@@ -5,6 +5,7 @@ holds Python and its libraries, read-only, and one small writable folder. `limit
 filter and, where we may, another user.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -127,7 +128,7 @@ class Jail:
         self._build_root(with_proc=own_user_space)
 
     def _enter_user_space(self, other_spaces: int) -> None:
-        """Unshares with a user namespace, which gives the rights that we lack outside. It has our user, and another where we may have one."""
+        """Unshares with a user namespace, for the rights that we lack. It has our user, and another where we may map one."""
         pairs = [(INSIDE_USER, os.getuid(), os.getgid())]
         if self.user is not None:
             pairs.append((INSIDE_USER + 1, self.user, self.user))
@@ -183,7 +184,12 @@ class Jail:
             os.makedirs(f"{root}/{name}", exist_ok=True)
         for target, path in links:
             os.symlink(target, root + path)
-        for name, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2")):
+        for name, target in (
+            ("fd", "/proc/self/fd"),
+            ("stdin", "/proc/self/fd/0"),
+            ("stdout", "/proc/self/fd/1"),
+            ("stderr", "/proc/self/fd/2"),
+        ):
             os.symlink(target, f"{root}/dev/{name}")
         os.symlink("/tmp", f"{root}/dev/shm")
         for source, path in binds:
@@ -322,16 +328,12 @@ class Jail:
         statuses: dict[int, int] = {}
         while True:
             if self.full:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(-1, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
             else:
                 for process in self.others():
-                    try:
+                    with contextlib.suppress(ProcessLookupError):
                         os.kill(process, signal.SIGKILL)
-                    except ProcessLookupError:
-                        pass
             try:
                 while True:
                     process, status = os.waitpid(-1, 0 if self.full else os.WNOHANG)

@@ -29,7 +29,8 @@ def serve(link: int, order: dict[str, Any], jail: Jail) -> None:
     link    messages {"op": "run", "timeout_s", "job_bytes"} with a job and the standard input as body: one run;
             {"op": "load", "timeout_s"} with the job: starts an interactive process and gives its first line;
             {"op": "send", "timeout_s"} with a line for it: gives the line that it answers with.
-            Each is answered by {"ended": how, "detail": ...} (how: exit | timeout | memory | processes | output) or {"line": true}, with a body.
+            Each is answered by {"line": true} or by {"ended": how, "detail": ..., "errors": ...}, with a body;
+            how: exit | timeout | memory | processes | output.
     """
     talker: _Process | None = None
     while (message := frames.receive(link)) is not None:
@@ -108,7 +109,7 @@ class _Process:
         return {"line": True}, answer
 
     def watch(self, deadline: float) -> str:
-        """Waits until something ends it: exit | timeout | memory | processes | output, or "line" where an interactive process has answered."""
+        """Waits until something ends it: exit | timeout | memory | processes | output; or, when an interactive process answers, line."""
         next_look = time.monotonic()
         while True:
             now = time.monotonic()

@@ -281,7 +281,7 @@ print(level.name, "|", level.reason)
 block = "```python\\n{{}}\\n```".format
 def grade(program, tests, **more):
     try:
-        verdict = verify_code(block(program), tests, timeout_s=5, memory_mb=512, **more)
+        verdict = verify_code(block(program), tests, timeout_s=2, memory_mb=512, **more)
         print(verdict.verdict, "|", verdict.detail)
     except UserError as error:
         print("UserError", "|", error)

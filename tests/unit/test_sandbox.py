@@ -46,12 +46,12 @@ def processes(of: int) -> dict[int, str]:
     return found
 
 
-def programs_of(of: int) -> list[int]:
+def programs_of(of: int) -> set[int]:
     """Processes below the launchers of a process: the trees of programs."""
-    below = []
+    below: set[int] = set()
     for launcher, command in processes(of).items():
         if "launcher.py" in command:
-            below += list(processes(launcher))
+            below |= processes(launcher).keys()
     return below
 
 
@@ -158,6 +158,31 @@ def test_results_cannot_be_forged(nothing_left, form):
         assert not programs_of(os.getpid())
     assert {name: v for name, v in zip(RESULTS, verdicts, strict=True) if v.verdict not in ("fail", "timeout")} == {}
     assert all(v.detail and v.detail.isprintable() and len(v.detail) <= 300 for v in verdicts)
+
+
+@needs_full
+def test_memory_is_watched_between_calls():
+    """A function that returns at once, and leaves processes that fill the memory while nobody asks for anything."""
+    program = """
+import os, time
+def f():
+    for _ in range(4):
+        if os.fork() == 0:
+            x = b"x" * (200 << 20)
+            time.sleep(600)
+    return 1
+"""
+    box = Sandbox("full")
+    try:
+        box.begin(memory_mb=512, cpu_s=60)
+        assert box.load({"kind": "functions", "program": program, "setup": "", "mutable": False}, 60) == b'{"loaded": true}'
+        request = {"call": "f", "arguments": [], "keywords": {}}
+        assert box.ask(request, 60) == b'{"value": 1}'
+        wait_for(lambda: len(programs_of(os.getpid())) == 2, "the processes of the program live")  # stage and supervisor are left
+        assert box.ask(request, 60) == sandbox.Ended("memory")
+        box.end()
+    finally:
+        box.kill()
 
 
 @needs_full

@@ -38,6 +38,8 @@ ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
 }
 
+START_ONLY = ("LD_LIBRARY_PATH", "PYTHONHOME")  # ours, for the launcher to start; it hides them from programs (runner.START_ONLY)
+
 LevelName = Literal["full", "limits", "none"]
 
 
@@ -153,7 +155,7 @@ class Sandbox:
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=ENVIRONMENT,
+                env=ENVIRONMENT | {name: os.environ[name] for name in START_ONLY if name in os.environ},
                 cwd="/",
                 start_new_session=True,
             )

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
@@ -273,10 +274,10 @@ class Jail:
         """In the program's process, before it: gives up everything that has not been given up yet. Raises Refused or OSError."""
         os.setsid()
         os.umask(0o022)
-        limits = {
+        limits: dict[int, int | None] = {
             resource.RLIMIT_CPU: cpu_seconds,
             resource.RLIMIT_AS: memory_bytes,
-            resource.RLIMIT_NPROC: MAX_PROCESSES,
+            resource.RLIMIT_NPROC: self._process_limit(),
             resource.RLIMIT_FSIZE: MAX_FILE_BYTES,
             resource.RLIMIT_NOFILE: MAX_OPEN_FILES,
             resource.RLIMIT_STACK: STACK_BYTES,
@@ -286,9 +287,13 @@ class Jail:
         }
         for limit, value in limits.items():
             hard = resource.getrlimit(limit)[1]
+            if value is None:
+                continue
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(limit, (value, value + 1 if limit == resource.RLIMIT_CPU and value < hard else value))
         os.chdir(self.folder)
+        if not self.full:
+            os.environ["HOME"] = os.environ["TMPDIR"] = self.folder
         if self.full or self.user is not None:
             for capability in range(64):
                 _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), *[ctypes.c_ulong(0)] * 3)  # numbers that do not exist fail
@@ -302,6 +307,21 @@ class Jail:
         _control(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if self.filter is not None:
             system_calls.install(_libc, self.filter)
+
+    def _process_limit(self) -> int | None:
+        """For the kernel, which counts all processes and threads of one user; None where only the supervisor can count."""
+        if self.user is not None:
+            return MAX_PROCESSES
+        if self.full:  # the user is the grader's; since Linux 5.14 a user namespace has a count of its own
+            version = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+            return MAX_PROCESSES if version >= (5, 14) else None
+        count = 0
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                with contextlib.suppress(OSError):  # it has just ended
+                    if os.stat(f"/proc/{name}").st_uid == os.getuid():
+                        count += len(os.listdir(f"/proc/{name}/task"))
+        return count + MAX_PROCESSES
 
     def others(self) -> list[int]:
         """Processes of the program: all but process 1, or at the level limits all that descend from this one."""

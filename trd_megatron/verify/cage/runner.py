@@ -19,6 +19,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+START_ONLY = ("LD_LIBRARY_PATH", "PYTHONHOME")  # of the environment: Python may need them to start
 RECURSION_LIMIT = 50_000  # as LiveCodeBench's grader sets it
 MAX_DETAIL = 300  # characters
 # Their names are at hand without an import, as in LiveCodeBench's grader; of two of one name the later module's counts.
@@ -50,6 +51,8 @@ def prepare(paths: list[str], executable: str) -> None:
     """In the launcher, once: everything that programs share. `paths` are where packages lie, beside the standard library."""
     for name in ("exit", "quit"):  # of the module site, which we do without
         setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
+    for name in START_ONLY:
+        os.environ.pop(name, None)
     sys.executable = sys._base_executable = executable  # type: ignore[attr-defined]
     sys.path[:] = [path for path in sys.path if path != _HERE] + paths
     for name in STAR_MODULES:
@@ -75,7 +78,7 @@ def _begin(confine: Callable[[], None], ready: int, keep: list[int]) -> None:
     for place in range(len(keep) + 1):
         os.dup2(200 + place, place)
     ready = len(keep)
-    os.closerange(ready + 1, 1 << 20)
+    os.closerange(ready + 1, 1024)  # all that the launcher and the supervisor have; nothing was inherited
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -317,7 +317,8 @@ for program, tests in (
     ("def add(a, b): return a - b", add),
     ("print(int(input()) + 1)", {{"inputs": ["1"], "outputs": ["2"]}}),
     ("import os, time\\nif os.fork() == 0: os.setsid()\\ntime.sleep(100)", {{"inputs": [""], "outputs": [""]}}),
-    ("import os\\nwhile True: os.fork()", {{"inputs": [""], "outputs": [""]}}),
+    # Root's processes are not counted by the kernel, so no bomb where a program runs as root.
+    ("import os\\n" + ("while True: os.fork()" if sys.argv[1] != "nothing" else "os.abort()"), {{"inputs": [""], "outputs": [""]}}),
     ("import socket; socket.socket(socket.AF_INET)", {{"inputs": [""], "outputs": [""]}}),
     ("import os\\nfor name in ('mem', 'environ', 'maps'):\\n"
      "    try: open(f'/proc/{{os.getppid()}}/{{name}}', 'rb').read(1)\\n    except OSError: print(name)",
@@ -374,6 +375,37 @@ def test_without_namespaces_it_says_so_and_needs_leave(tmp_path):
     assert level[1] in refused[1]
     check_verdicts(rest)
     assert traces() == []
+
+
+@needs_root
+def test_limits_of_root_are_those_of_another_user():
+    """The level `limits` itself, here for root: another user, no network, and nothing of the tree or its folder stays."""
+    look = """
+import os, socket
+print(os.getuid() >= 0x70000000, os.getcwd() == os.environ["HOME"] != "/tmp", os.path.basename(os.getcwd()).startswith("trd-code-"))
+for action in (lambda: socket.socket(socket.AF_INET), lambda: open("/trd-hostile", "w"), lambda: os.kill(os.getppid(), 9), lambda: os.setuid(0)):
+    try:
+        print(action())
+    except OSError:
+        print("refused")
+os.makedirs("a/b/c")
+os.symlink("/", "a/root")
+os.chmod("a/b", 0)
+"""
+    daemon = "import os, time\nfor _ in range(3):\n    if os.fork() == 0: os.setsid()\nopen('left', 'w')\ntime.sleep(600)"
+    box = Sandbox("limits")
+    try:
+        box.begin(memory_mb=512, cpu_s=60)
+        ended = box.run({"program": look, "setup": ""}, b"", timeout_s=60)
+        assert (ended.how, ended.detail, ended.output.decode()) == ("exit", "", "True True True\n" + "refused\n" * 4)
+        assert box.run({"program": "import os; print(os.listdir())", "setup": ""}, b"", timeout_s=60).output == b"[]\n"
+        assert box.run({"program": daemon, "setup": ""}, b"", timeout_s=1).how == "timeout"
+        box.end()
+        assert not programs_of(os.getpid())
+        assert not users_of_programs()
+        assert traces() == []
+    finally:
+        box.kill()
 
 
 def test_what_require_takes(monkeypatch):

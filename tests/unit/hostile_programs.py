@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (programs are data)
 """Programs that attack the sandbox or the grader. test_sandbox.py runs them all and looks for what they leave behind.
 
 PROBES try something forbidden and print "contained" where it is refused: they must pass, so that a program that crashed for another
@@ -279,6 +280,7 @@ RESULTS = {
     "half a message": "import os\ndef f():\n    os.write(4, b'{\"value\": 42')\n    os._exit(0)",
     "garbage as message": "import os\ndef f():\n    os.write(4, b'\\xff\\xfe[[[[[[\\n')",
     "deep message": "import os\ndef f():\n    os.write(4, b'[' * 1000000 + b'\\n')",
+    "more parts than allowed": "import os\ndef f():\n    os.write(4, b'{\"value\": [' + b'0,' * 2050000 + b'0]}\\n')",
     "nan": "def f(): return float('nan')",
     "a surrogate": "def f(): return '\\ud800\\x00\\x1b'",
     "exits": "def f(): raise SystemExit(0)",

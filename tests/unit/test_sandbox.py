@@ -46,12 +46,12 @@ def processes(of: int) -> dict[int, str]:
     return found
 
 
-def programs_of(of: int) -> list[int]:
+def programs_of(of: int) -> set[int]:
     """Processes below the launchers of a process: the trees of programs."""
-    below = []
+    below: set[int] = set()
     for launcher, command in processes(of).items():
         if "launcher.py" in command:
-            below += list(processes(launcher))
+            below |= processes(launcher).keys()
     return below
 
 
@@ -61,7 +61,7 @@ def users_of_programs() -> list[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             user = folder.stat().st_uid
-            if FIRST_USER <= user and user - FIRST_USER in processes(os.getpid()):
+            if user >= FIRST_USER and user - FIRST_USER in processes(os.getpid()):
                 found.append(int(folder.name))
     return found
 
@@ -73,7 +73,19 @@ def shared_memory() -> int:
 
 def traces() -> list[str]:
     """Files that a program has managed to leave."""
-    places = ["/", "/tmp", "/var/tmp", "/dev", "/dev/shm", "/usr/lib", "/etc", "/root", str(Path.home()), os.getcwd(), os.path.dirname(os.__file__)]
+    places = [
+        "/",
+        "/tmp",
+        "/var/tmp",
+        "/dev",
+        "/dev/shm",
+        "/usr/lib",
+        "/etc",
+        "/root",
+        str(Path.home()),
+        os.getcwd(),
+        os.path.dirname(os.__file__),
+    ]
     found = []
     for place in places:
         with contextlib.suppress(PermissionError, FileNotFoundError):
@@ -149,6 +161,31 @@ def test_results_cannot_be_forged(nothing_left, form):
 
 
 @needs_full
+def test_memory_is_watched_between_calls():
+    """A function that returns at once, and leaves processes that fill the memory while nobody asks for anything."""
+    program = """
+import os, time
+def f():
+    for _ in range(4):
+        if os.fork() == 0:
+            x = b"x" * (200 << 20)
+            time.sleep(600)
+    return 1
+"""
+    box = Sandbox("full")
+    try:
+        box.begin(memory_mb=512, cpu_s=60)
+        assert box.load({"kind": "functions", "program": program, "setup": "", "mutable": False}, 60) == b'{"loaded": true}'
+        request = {"call": "f", "arguments": [], "keywords": {}}
+        assert box.ask(request, 60) == b'{"value": 1}'
+        wait_for(lambda: len(programs_of(os.getpid())) == 2, "the processes of the program live")  # stage and supervisor are left
+        assert box.ask(request, 60) == sandbox.Ended("memory")
+        box.end()
+    finally:
+        box.kill()
+
+
+@needs_full
 def test_a_program_finds_nothing_of_the_one_before():
     leave = "import os\nopen('/tmp/left', 'w').write('x')\nos.chmod('/tmp', 0o700) if os.stat('/tmp').st_uid == os.getuid() else None"
     look = "import os\nprint(os.listdir('/tmp'), oct(os.stat('/tmp').st_mode), [p for p in os.listdir('/proc') if p.isdigit()])"
@@ -194,7 +231,11 @@ def test_a_killed_launcher_is_replaced():
     tests = {"inputs": ["1"], "outputs": ["1"]}
     with CodeVerifier(workers=1, allow_unsandboxed=True) as verifier:
         assert [v.verdict for v in verifier.verify_many([(block("print(input())"), tests)])] == ["pass"]
-        [launcher] = [process for process, command in processes(os.getpid()).items() if "launcher.py" in command and process not in _shared_launchers()]
+        [launcher] = [
+            process
+            for process, command in processes(os.getpid()).items()
+            if "launcher.py" in command and process not in _shared_launchers()
+        ]
         os.kill(launcher, signal.SIGKILL)
         assert [v.verdict for v in verifier.verify_many([(block("print(input())"), tests)] * 2)] == ["pass"] * 2
 
@@ -211,13 +252,19 @@ def _shared_launchers() -> set[int]:
 def test_a_sandbox_that_breaks_is_no_wrong_answer():
     """The launcher is killed while a program runs: that is ours, so the verdict is an error, and the next program is graded."""
     with CodeVerifier(workers=1, timeout_s=60) as verifier:
-        items = [(block("import time; time.sleep(600)"), {"inputs": [""], "outputs": [""]}), (block("print(1)"), {"inputs": [""], "outputs": ["1"]})]
+        items = [
+            (block("import time; time.sleep(600)"), {"inputs": [""], "outputs": [""]}),
+            (block("print(1)"), {"inputs": [""], "outputs": ["1"]}),
+        ]
 
         verdicts = verifier.verify_many(items)
 
         def kill_the_busy_one():
             wait_for(lambda: len(programs_of(os.getpid())) >= 3, "no program")
-            os.kill(next(p for p, command in processes(os.getpid()).items() if "launcher.py" in command and len(processes(p)) >= 3), signal.SIGKILL)
+            os.kill(
+                next(p for p, command in processes(os.getpid()).items() if "launcher.py" in command and len(processes(p)) >= 3),
+                signal.SIGKILL,
+            )
 
         killer = threading.Thread(target=kill_the_busy_one)
         killer.start()
@@ -259,7 +306,7 @@ print(level.name, "|", level.reason)
 block = "```python\\n{{}}\\n```".format
 def grade(program, tests, **more):
     try:
-        verdict = verify_code(block(program), tests, timeout_s=5, memory_mb=512, **more)
+        verdict = verify_code(block(program), tests, timeout_s=2, memory_mb=512, **more)
         print(verdict.verdict, "|", verdict.detail)
     except UserError as error:
         print("UserError", "|", error)
@@ -270,9 +317,11 @@ for program, tests in (
     ("def add(a, b): return a - b", add),
     ("print(int(input()) + 1)", {{"inputs": ["1"], "outputs": ["2"]}}),
     ("import os, time\\nif os.fork() == 0: os.setsid()\\ntime.sleep(100)", {{"inputs": [""], "outputs": [""]}}),
-    ("import os\\nwhile True: os.fork()", {{"inputs": [""], "outputs": [""]}}),
+    # Root's processes are not counted by the kernel, so no bomb where a program runs as root.
+    ("import os\\n" + ("while True: os.fork()" if sys.argv[1] != "nothing" else "os.abort()"), {{"inputs": [""], "outputs": [""]}}),
     ("import socket; socket.socket(socket.AF_INET)", {{"inputs": [""], "outputs": [""]}}),
-    ("import os\\nfor name in ('mem', 'environ', 'maps'):\\n    try: open(f'/proc/{{os.getppid()}}/{{name}}', 'rb').read(1)\\n    except OSError: print(name)",
+    ("import os\\nfor name in ('mem', 'environ', 'maps'):\\n"
+     "    try: open(f'/proc/{{os.getppid()}}/{{name}}', 'rb').read(1)\\n    except OSError: print(name)",
      {{"inputs": [""], "outputs": ["mem\\nenviron\\nmaps"]}}),
 ):
     grade(program, tests, allow_unsandboxed=True)
@@ -300,7 +349,9 @@ def test_the_full_sandbox_needs_no_root(how, tmp_path):
     python = sys.executable
     if how == "user":
         found = [name for name in ("/usr/bin/python3.11", "/usr/local/bin/python3.11") if Path(name).exists()]
-        if os.stat(os.path.realpath(python)).st_mode & 1 and all(folder.stat().st_mode & 1 for folder in Path(os.path.realpath(python)).parents):
+        if os.stat(os.path.realpath(python)).st_mode & 1 and all(
+            folder.stat().st_mode & 1 for folder in Path(os.path.realpath(python)).parents
+        ):
             found = [python]
         if not found or not all(folder.stat().st_mode & 1 for folder in REPOSITORY.parents):
             pytest.skip("other users can read neither a Python 3.11 nor this folder")
@@ -324,6 +375,37 @@ def test_without_namespaces_it_says_so_and_needs_leave(tmp_path):
     assert level[1] in refused[1]
     check_verdicts(rest)
     assert traces() == []
+
+
+@needs_root
+def test_limits_of_root_are_those_of_another_user():
+    """The level `limits` itself, here for root: another user, no network, and nothing of the tree or its folder stays."""
+    look = """
+import os, socket
+print(os.getuid() >= 0x70000000, os.getcwd() == os.environ["HOME"] != "/tmp", os.path.basename(os.getcwd()).startswith("trd-code-"))
+for action in (lambda: socket.socket(socket.AF_INET), lambda: open("/trd-hostile", "w"), lambda: os.kill(os.getppid(), 9), lambda: os.setuid(0)):
+    try:
+        print(action())
+    except OSError:
+        print("refused")
+os.makedirs("a/b/c")
+os.symlink("/", "a/root")
+os.chmod("a/b", 0)
+"""
+    daemon = "import os, time\nfor _ in range(3):\n    if os.fork() == 0: os.setsid()\nopen('left', 'w')\ntime.sleep(600)"
+    box = Sandbox("limits")
+    try:
+        box.begin(memory_mb=512, cpu_s=60)
+        ended = box.run({"program": look, "setup": ""}, b"", timeout_s=60)
+        assert (ended.how, ended.detail, ended.output.decode()) == ("exit", "", "True True True\n" + "refused\n" * 4)
+        assert box.run({"program": "import os; print(os.listdir())", "setup": ""}, b"", timeout_s=60).output == b"[]\n"
+        assert box.run({"program": daemon, "setup": ""}, b"", timeout_s=1).how == "timeout"
+        box.end()
+        assert not programs_of(os.getpid())
+        assert not users_of_programs()
+        assert traces() == []
+    finally:
+        box.kill()
 
 
 def test_what_require_takes(monkeypatch):
@@ -360,5 +442,3 @@ def test_packages_and_threads_of_honest_programs():
     tests = {"inputs": ["hello\n"], "outputs": ["6 1 2 42 1024 hello"]}
     verdict = verify_code(block(textwrap.dedent(program)), tests, timeout_s=60, allow_unsandboxed=True)
     assert (verdict.verdict, verdict.detail) == ("pass", "")
-
-

@@ -41,10 +41,11 @@ from typing import Any
 from trd_megatron.verify import sandbox
 from trd_megatron.verify.code_compare import output_difference, same_result, show
 from trd_megatron.verify.plain_values import NotPlain, decode, encode
-from trd_megatron.verify.sandbox import Ended, Sandbox, SandboxError
+from trd_megatron.verify.sandbox import Ended, Sandbox
 from trd_megatron.verify.verdict import Verdict, VerdictKind
 
 MAX_PROGRAM_CHARS = 200_000  # a longer one fails unread
+LEAST_MEMORY_MB = 64  # Python itself takes about 30 of address space
 KEPT_PROGRAM_CHARS = 20_000  # of such a one, in the verdict
 MAX_DETAIL = 300  # characters
 
@@ -259,7 +260,10 @@ def _run_asserts(candidate: Sandbox, checker: Sandbox, program: str, tests: dict
         answer = _answer(candidate.ask(said, left), f"call {calls}", limits)
         if not {"value", "raised"} & answer.keys():
             raise _Outcome("fail", f"call {calls}: the program wrote into its grader's channel")
-        reply = answer | {key: encode(answer[key]) for key in ("value", "arguments") if key in answer}
+        try:
+            reply = answer | {key: encode(answer[key]) for key in ("value", "arguments") if key in answer}
+        except NotPlain as error:
+            raise _Outcome("fail", f"call {calls}: the program returned {error}") from None
     if calls == 0:
         raise _MalformedTests(f"the tests call no function of the program: {said.get('failed', 'they pass without it')}")
     if "passed" not in said:
@@ -343,7 +347,7 @@ class CodeVerifier:
     workers             number of programs that run at once, at least 1
     timeout_s           wall-clock seconds for one test (one input, or the whole of the asserts), over 0
     total_timeout_s     wall-clock seconds for all tests of one program, over 0
-    memory_mb           MiB for one program and all that it starts; also the address space of each process of it
+    memory_mb           MiB for one program and all that it starts, at least 64; also the address space of each process of it
     allow_unsandboxed   whether resource limits will do where this machine gives no sandbox
 
     Raises UserError where this machine gives no sandbox and less is not allowed.
@@ -354,9 +358,11 @@ class CodeVerifier:
     ) -> None:
         if workers < 1:
             raise ValueError(f"workers must be at least 1, not {workers}")
-        for name, value in (("timeout_s", timeout_s), ("total_timeout_s", total_timeout_s), ("memory_mb", memory_mb)):
+        for name, value in (("timeout_s", timeout_s), ("total_timeout_s", total_timeout_s)):
             if not value > 0:
                 raise ValueError(f"{name} must be over 0, not {value}")
+        if not memory_mb >= LEAST_MEMORY_MB:
+            raise ValueError(f"memory_mb must be at least {LEAST_MEMORY_MB}, not {memory_mb}")
         self.timeout_s, self.total_timeout_s, self.memory_mb = timeout_s, total_timeout_s, memory_mb
         level = sandbox.require(allow_unsandboxed)
         self._workers = [_Worker(level) for _ in range(workers)]
@@ -390,7 +396,7 @@ class CodeVerifier:
         """One verdict for each (response, tests), in order, each as soon as it and all before it are known.
 
         `items` is read only as fast as workers take items, so it may be endless. Raises RuntimeError if another verify_many of this
-        verifier has not ended.
+        verifier has not ended, or close() comes in between.
         """
         if self._in_use:
             raise RuntimeError("another verify_many of this CodeVerifier has not ended")
@@ -398,6 +404,7 @@ class CodeVerifier:
         if self._threads is None:
             # A launcher dies with the thread that started it, so these live until close().
             self._threads = ThreadPoolExecutor(len(self._workers), thread_name_prefix="verify-code")
+        threads = self._threads
         waiting: deque[Future[Verdict]] = deque()  # in the order of the items
         try:
             source = iter(items)
@@ -409,11 +416,13 @@ class CodeVerifier:
                     except StopIteration:
                         exhausted = True
                     else:
-                        waiting.append(self._threads.submit(self._grade, response, tests))
+                        waiting.append(threads.submit(self._grade, response, tests))
                 else:
                     wait([future for future in waiting if not future.done()], return_when=FIRST_COMPLETED)
                 while waiting and waiting[0].done():
                     yield waiting.popleft().result()
+                    if self._threads is not threads:
+                        raise RuntimeError("this CodeVerifier was closed while verify_many was at work")
         finally:
             self._in_use = False
             if any(not future.done() for future in waiting):  # the caller or an item stopped us

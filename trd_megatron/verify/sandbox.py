@@ -38,6 +38,8 @@ ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
 }
 
+START_ONLY = ("LD_LIBRARY_PATH", "PYTHONHOME")  # ours, for the launcher to start; it hides them from programs (runner.START_ONLY)
+
 LevelName = Literal["full", "limits", "none"]
 
 
@@ -150,10 +152,10 @@ class Sandbox:
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-s", "-S", str(LAUNCHER), str(os.getpid())],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env=ENVIRONMENT,
+                env=ENVIRONMENT | {name: os.environ[name] for name in START_ONLY if name in os.environ},
                 cwd="/",
                 start_new_session=True,
             )
@@ -261,7 +263,10 @@ def _paths(level: LevelName) -> dict[str, Any]:
     """What a cage holds of the environment: Python itself, a few packages, and not the folders that they come from."""
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     base = os.path.realpath(sys.base_prefix)
-    stdlib = [os.path.realpath(sysconfig.get_path(name, vars={"base": sys.base_prefix, "platbase": sys.base_prefix})) for name in ("stdlib", "platstdlib")]
+    stdlib = [
+        os.path.realpath(sysconfig.get_path(name, vars={"base": sys.base_prefix, "platbase": sys.base_prefix}))
+        for name in ("stdlib", "platstdlib")
+    ]
     python = [path for path in (f"{base}/lib", f"{base}/lib64", *stdlib) if os.path.isdir(path)]
     folders = [path for path in dict.fromkeys([*site.getsitepackages(), sysconfig.get_path("purelib"), *sys.path]) if os.path.isdir(path)]
     packages = {}
@@ -284,7 +289,7 @@ def _paths(level: LevelName) -> dict[str, Any]:
 @functools.cache
 def level() -> Level:
     """What this machine gives, found out by running a program; once for each process."""
-    reasons = []
+    reasons: list[str] = []
     # At `limits`, root's programs run as another user, who may not be able to read Python.
     trial = {"program": "import plistlib\nprint(40 + 2)", "setup": ""}
     names: tuple[LevelName, ...] = ("full", "limits")
@@ -312,7 +317,7 @@ def require(allow_unsandboxed: bool) -> LevelName:
     if found.name == "none":
         raise UserError(f"programs cannot be run on this machine: {found.reason}")
     raise UserError(
-        f"this machine gives no sandbox for model-written programs ({found.reason}): run where user namespaces are allowed, or in a container "
-        "with --cap-add SYS_ADMIN --security-opt seccomp=unconfined --security-opt apparmor=unconfined, or accept mere resource limits with "
-        "verify.code.allow_unsandboxed=true"
+        f"this machine gives no sandbox for model-written programs ({found.reason}): run where user namespaces are allowed, or in a "
+        "container with --cap-add SYS_ADMIN --security-opt seccomp=unconfined --security-opt apparmor=unconfined, or accept mere "
+        "resource limits with verify.code.allow_unsandboxed=true"
     )

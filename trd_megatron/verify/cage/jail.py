@@ -5,9 +5,11 @@ holds Python and its libraries, read-only, and one small writable folder. `limit
 filter and, where we may, another user.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
+import re
 import resource
 import shutil
 import signal
@@ -127,7 +129,7 @@ class Jail:
         self._build_root(with_proc=own_user_space)
 
     def _enter_user_space(self, other_spaces: int) -> None:
-        """Unshares with a user namespace, which gives the rights that we lack outside. It has our user, and another where we may have one."""
+        """Unshares with a user namespace, for the rights that we lack. It has our user, and another where we may map one."""
         pairs = [(INSIDE_USER, os.getuid(), os.getgid())]
         if self.user is not None:
             pairs.append((INSIDE_USER + 1, self.user, self.user))
@@ -183,7 +185,12 @@ class Jail:
             os.makedirs(f"{root}/{name}", exist_ok=True)
         for target, path in links:
             os.symlink(target, root + path)
-        for name, target in (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2")):
+        for name, target in (
+            ("fd", "/proc/self/fd"),
+            ("stdin", "/proc/self/fd/0"),
+            ("stdout", "/proc/self/fd/1"),
+            ("stderr", "/proc/self/fd/2"),
+        ):
             os.symlink(target, f"{root}/dev/{name}")
         os.symlink("/tmp", f"{root}/dev/shm")
         for source, path in binds:
@@ -267,10 +274,10 @@ class Jail:
         """In the program's process, before it: gives up everything that has not been given up yet. Raises Refused or OSError."""
         os.setsid()
         os.umask(0o022)
-        limits = {
+        limits: dict[int, int | None] = {
             resource.RLIMIT_CPU: cpu_seconds,
             resource.RLIMIT_AS: memory_bytes,
-            resource.RLIMIT_NPROC: MAX_PROCESSES,
+            resource.RLIMIT_NPROC: self._process_limit(),
             resource.RLIMIT_FSIZE: MAX_FILE_BYTES,
             resource.RLIMIT_NOFILE: MAX_OPEN_FILES,
             resource.RLIMIT_STACK: STACK_BYTES,
@@ -280,9 +287,13 @@ class Jail:
         }
         for limit, value in limits.items():
             hard = resource.getrlimit(limit)[1]
+            if value is None:
+                continue
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(limit, (value, value + 1 if limit == resource.RLIMIT_CPU and value < hard else value))
         os.chdir(self.folder)
+        if not self.full:
+            os.environ["HOME"] = os.environ["TMPDIR"] = self.folder
         if self.full or self.user is not None:
             for capability in range(64):
                 _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), *[ctypes.c_ulong(0)] * 3)  # numbers that do not exist fail
@@ -296,6 +307,21 @@ class Jail:
         _control(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if self.filter is not None:
             system_calls.install(_libc, self.filter)
+
+    def _process_limit(self) -> int | None:
+        """For the kernel, which counts all processes and threads of one user; None where only the supervisor can count."""
+        if self.user is not None:
+            return MAX_PROCESSES
+        if self.full:  # the user is the grader's; since Linux 5.14 a user namespace has a count of its own
+            version = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+            return MAX_PROCESSES if version >= (5, 14) else None
+        count = 0
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                with contextlib.suppress(OSError):  # it has just ended
+                    if os.stat(f"/proc/{name}").st_uid == os.getuid():
+                        count += len(os.listdir(f"/proc/{name}/task"))
+        return count + MAX_PROCESSES
 
     def others(self) -> list[int]:
         """Processes of the program: all but process 1, or at the level limits all that descend from this one."""
@@ -322,16 +348,12 @@ class Jail:
         statuses: dict[int, int] = {}
         while True:
             if self.full:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(-1, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
             else:
                 for process in self.others():
-                    try:
+                    with contextlib.suppress(ProcessLookupError):
                         os.kill(process, signal.SIGKILL)
-                    except ProcessLookupError:
-                        pass
             try:
                 while True:
                     process, status = os.waitpid(-1, 0 if self.full else os.WNOHANG)

@@ -2,7 +2,8 @@
 
 Run as a script: `python -P -s -S launcher.py PARENT`, with a socket to the grader as descriptor 0. First message: the plan of the jail
 (jail.Jail), answered by {"ready": true} or {"refused": why}. Then, for each program, {"op": "program", "memory_bytes", "cpu_s"},
-answered by {"open": true}, after which the program's own supervisor answers (supervisor.serve) until {"op": "end"}; when its tree is gone we say {"closed": true}.
+answered by {"open": true}, after which the program's own supervisor answers (supervisor.serve) until {"op": "end"}; when its tree is
+gone we say {"closed": true}.
 """
 
 import os

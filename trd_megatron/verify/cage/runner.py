@@ -7,8 +7,8 @@ nothing that it sends or leaves behind is trusted by anyone.
 import _sitebuiltins
 import atexit
 import builtins
+import contextlib
 import importlib.util
-import io
 import json
 import os
 import signal
@@ -19,6 +19,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+START_ONLY = ("LD_LIBRARY_PATH", "PYTHONHOME")  # of the environment: Python may need them to start
 RECURSION_LIMIT = 50_000  # as LiveCodeBench's grader sets it
 MAX_DETAIL = 300  # characters
 # Their names are at hand without an import, as in LiveCodeBench's grader; of two of one name the later module's counts.
@@ -50,6 +51,8 @@ def prepare(paths: list[str], executable: str) -> None:
     """In the launcher, once: everything that programs share. `paths` are where packages lie, beside the standard library."""
     for name in ("exit", "quit"):  # of the module site, which we do without
         setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D (i.e. EOF)"))
+    for name in START_ONLY:
+        os.environ.pop(name, None)
     sys.executable = sys._base_executable = executable  # type: ignore[attr-defined]
     sys.path[:] = [path for path in sys.path if path != _HERE] + paths
     for name in STAR_MODULES:
@@ -75,7 +78,7 @@ def _begin(confine: Callable[[], None], ready: int, keep: list[int]) -> None:
     for place in range(len(keep) + 1):
         os.dup2(200 + place, place)
     ready = len(keep)
-    os.closerange(ready + 1, 1 << 20)
+    os.closerange(ready + 1, 1024)  # all that the launcher and the supervisor have; nothing was inherited
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -86,11 +89,11 @@ def _begin(confine: Callable[[], None], ready: int, keep: list[int]) -> None:
         os._exit(70)
     os.write(ready, b"ready")
     os.close(ready)
-    sys.stdin = sys.__stdin__ = io.TextIOWrapper(open(0, "rb", closefd=False), encoding="utf-8")
-    sys.stdout = sys.__stdout__ = io.TextIOWrapper(open(1, "wb", closefd=False), encoding="utf-8")
-    sys.stderr = sys.__stderr__ = io.TextIOWrapper(
-        open(2, "wb", closefd=False), encoding="utf-8", errors="backslashreplace", line_buffering=True, write_through=True
-    )
+    for name, descriptor, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        errors, buffering = ("backslashreplace", 1) if name == "stderr" else ("strict", -1)
+        stream = open(descriptor, mode, buffering, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     sys.argv = ["main.py"]
     sys.setrecursionlimit(RECURSION_LIMIT)
     sys.set_int_max_str_digits(0)  # most solutions of the benchmarks are older than this limit
@@ -124,14 +127,12 @@ def run(job: bytes, job_input: int, output: int, errors: int, ready: int, confin
         code = 1
         traceback.print_exc(limit=-3)
     try:
-        threading._shutdown()  # waits for its threads, as Python does
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for its threads, as Python does
         atexit._run_exitfuncs()
     finally:
         for stream in (sys.stdout, sys.stderr):
-            try:
+            with contextlib.suppress(BaseException):  # it may have closed or replaced them
                 stream.flush()
-            except BaseException:  # it may have closed or replaced them
-                pass
         leave(code)
 
 
@@ -229,7 +230,9 @@ def _run_asserts(job: dict[str, Any], lines: Any) -> None:
     try:
         exec(code, module.__dict__)
     except AssertionError as error:
-        failed_line = max((frame.lineno or 0 for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<asserts>"), default=0)
+        failed_line = max(
+            (frame.lineno or 0 for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<asserts>"), default=0
+        )
         source = job["asserts"].splitlines()
         text = source[failed_line - 1].strip() if 0 < failed_line <= len(source) else str(error)
         _say({"failed": f"assertion failed: {text}"[:MAX_DETAIL]})
@@ -263,7 +266,7 @@ def _exception(kinds: list[str], detail: str) -> Exception:
     """An exception of the first of these built-in classes that a text makes one of."""
     for kind in kinds:
         try:
-            return getattr(builtins, kind)(detail)  # type: ignore[no-any-return]
+            return getattr(builtins, kind)(detail)
         except TypeError:  # UnicodeDecodeError wants more
             continue
     return RuntimeError(detail)
@@ -275,7 +278,7 @@ def _take_over(mine: Any, theirs: Any) -> None:
         mine[:] = theirs
     elif isinstance(mine, dict | set) and isinstance(theirs, dict | set):
         mine.clear()
-        mine.update(theirs)  # type: ignore[arg-type]
+        mine.update(theirs)
 
 
 def _free_names(text: str, known: dict[str, Any]) -> list[str]:

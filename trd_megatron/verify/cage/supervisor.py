@@ -29,10 +29,16 @@ def serve(link: int, order: dict[str, Any], jail: Jail) -> None:
     link    messages {"op": "run", "timeout_s", "job_bytes"} with a job and the standard input as body: one run;
             {"op": "load", "timeout_s"} with the job: starts an interactive process and gives its first line;
             {"op": "send", "timeout_s"} with a line for it: gives the line that it answers with.
-            Each is answered by {"ended": how, "detail": ...} (how: exit | timeout | memory | processes | output) or {"line": true}, with a body.
+            Each is answered by {"line": true} or by {"ended": how, "detail": ..., "errors": ...}, with a body;
+            how: exit | timeout | memory | processes | output.
     """
     talker: _Process | None = None
-    while (message := frames.receive(link)) is not None:
+    while True:
+        if talker is not None:
+            talker.guard()
+        message = frames.receive(link)
+        if message is None:
+            break
         header, body = message
         if header["op"] == "end":
             break
@@ -59,7 +65,9 @@ class _Process:
         self.output, self.errors, self.received, self.to_send = bytearray(), bytearray(), bytearray(), b""
         self.total = 0
         self.interactive = job_input is None
+        self.look_every = LOOK_EVERY_S if jail.full else LOOK_SELDOM_S
         self.exited = False
+        self.ended: Reply | None = None
         readable, their_output = os.pipe()
         error_readable, their_errors = os.pipe()
         is_ready, say_ready = os.pipe()
@@ -96,31 +104,41 @@ class _Process:
 
     def exchange(self, line: bytes, deadline: float) -> Reply:
         """Sends a line (none to begin with) and waits for one."""
+        if self.ended is not None:
+            return self.ended
         self.to_send = line
         if line:
             self.poll.register(self.sink, select.POLLOUT)
         how = self.watch(deadline)
         if how != "line":
-            return self.end(how)
+            self.ended = self.end(how)
+            return self.ended
         end = self.received.index(b"\n")
         answer = bytes(self.received[:end])
         self.received.clear()  # what else it wrote nobody asked for
         return {"line": True}, answer
 
+    def guard(self) -> None:
+        """Waits until the grader has something to say; nobody has asked the program for anything, but it may be busy all the same."""
+        poll = select.poll()
+        poll.register(self.link, select.POLLIN)
+        while not poll.poll(1000 * self.look_every):
+            excess = self._excess() if self.ended is None else ""
+            if excess:
+                self.ended = self.end(excess)
+
     def watch(self, deadline: float) -> str:
-        """Waits until something ends it: exit | timeout | memory | processes | output, or "line" where an interactive process has answered."""
+        """Waits until something ends it: exit | timeout | memory | processes | output; or, when an interactive process answers, line."""
         next_look = time.monotonic()
         while True:
             now = time.monotonic()
             if now >= deadline:
                 return "timeout"
             if now >= next_look:
-                processes = self.jail.others()
-                if len(processes) > MAX_PROCESSES:  # the kernel does not limit those of user 0, though it has no rights here
-                    return "processes"
-                if self._memory(processes) > self.memory_bytes:
-                    return "memory"
-                next_look = time.monotonic() + (LOOK_EVERY_S if self.jail.full else LOOK_SELDOM_S)
+                excess = self._excess()
+                if excess:
+                    return excess
+                next_look = time.monotonic() + self.look_every
             for descriptor, _ in self.poll.poll(max(0.0, 1000 * (min(deadline, next_look) - now))):
                 if descriptor == self.link:  # nobody wants to know any more
                     self.jail.kill_others()
@@ -164,17 +182,19 @@ class _Process:
             self.output += part
         return True
 
-    @staticmethod
-    def _memory(processes: list[int]) -> int:
-        """Bytes in memory of all of them; pages that they share count for each."""
-        pages = 0
+    def _excess(self) -> str:
+        """What the whole tree has too much of: memory | processes, or nothing."""
+        processes = self.jail.others()
+        if len(processes) > MAX_PROCESSES:  # the kernel does not limit those of user 0, though it has no rights here
+            return "processes"
+        pages = 0  # those that processes share count for each
         for process in processes:
             try:
                 with open(f"/proc/{process}/statm", "rb") as file:
                     pages += int(file.read().split()[1])
             except (OSError, IndexError):  # it has just ended
                 continue
-        return pages * _PAGE
+        return "memory" if pages * _PAGE > self.memory_bytes else ""
 
     def end(self, how: str) -> Reply:
         """Kills everything, reads what is left, and says how it ended."""

@@ -94,6 +94,8 @@ def parse(text: str) -> tuple[Any, str]:
     # Units are off: math-verify takes every letter m, g, s, h, t at the end for one, and 3t for 3.
     settings = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False)
     plain = normalize_latex(text, settings)
+    if sum(map(plain.count, "([")) != sum(map(plain.count, ")]")):  # no rule of the grammar; long runs of brackets keep it busy
+        return None, plain
     number, percents = _PERCENT.subn("", plain)
     last = _EQUALS.split(number)
     # math-verify too reads only the last part of a chain of equations that it does not understand as a whole.

@@ -78,7 +78,8 @@ def math_items(count: int, response_chars: int = 20_000, seed: int = 0) -> tuple
             correct, wrong, reference = KINDS[number // 2 % len(KINDS)](draw)
         good = draw.random() < 0.5
         thoughts = filler[: draw.randrange(2 * response_chars)]
-        items.append((rf"{thoughts}</think>So the answer is $\boxed{{{correct if good else wrong}}}$.", reference))
+        end = "</think>" if number % 3 else ""  # without it the whole response is searched for boxes
+        items.append((rf"{thoughts}{end}So the answer is $\boxed{{{correct if good else wrong}}}$.", reference))
         right.append(good)
     return items, right
 

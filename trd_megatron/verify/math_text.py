@@ -38,12 +38,15 @@ _LAYOUT = re.compile(
     r"|mathsf|mathnormal|textstyle|fbox|boxed|left\.|right\.|left|right|middle|[bB]igg?[lrm]?)(?![a-zA-Z])\s*"
 )
 _TEXT_COMMAND = re.compile(r"\\(?:text(?:normal|bf|it|rm|sf|tt|sc|up|md)|mathrm|mbox|operatorname)(?=\s*\{)")
+_DECORATION = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}|\\tag\*?\s*\{[^{}]*\}|^\*\*|\*\*$")
+_OPTION = re.compile(r"^(\\text\s*\{\s*)?(?:[Oo]ption|[Cc]hoice)\s+(?=\(?[A-Z]\)?\s*\}?$)")
 _NUMBER_AS_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm)\s*\{\s*(-?[0-9.][^{}]*)\}")
 _SPACE = re.compile(r"\\(?:q?quad|thinspace|medspace|thickspace|enspace|hfill)(?![a-zA-Z])|\\[,;: ]|~|\\[hv]space\*?\{[^{}]*\}")
 _RENAMED = {
     "varnothing": r"\emptyset", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "dfrac": r"\frac", "tfrac": r"\frac",
     "cfrac": r"\frac", "dbinom": r"\binom", "tbinom": r"\binom", "leqslant": r"\le", "geqslant": r"\ge", "leq": r"\le", "geq": r"\ge",
     "lt": "<", "gt": ">", "neq": r"\ne", "imath": "i", "degree": r"^\circ", "coloneqq": "=", "textdollar": r"\$", "euro": "€",
+    "langle": "(", "rangle": ")", "lg": r"\log_{10}",
 }  # fmt: skip
 _RENAME = re.compile(rf"\\({'|'.join(_RENAMED)})(?![a-zA-Z])")
 _DIGIT_GROUP_SPACE = re.compile(r"(?<=[0-9])(?:\\[,;:! ]|~| )(?=[0-9]{3}(?![0-9]))")
@@ -72,6 +75,7 @@ def normalise(text: str) -> str:
     for opening, closing in _WRAPPED:
         if len(text) > 4 and text.startswith(opening) and text.endswith(closing):
             text = text[2:-2]
+    text = _OPTION.sub(r"\1", _DECORATION.sub("", text).strip())
     if (match := _NUMBER_AS_TEXT.fullmatch(text)) is not None:
         text = match[1]
     text = re.sub(r"(?<!\\)\$", "", text.replace(r"\text{\$}", r"\$"))

@@ -94,6 +94,8 @@ def parse(text: str) -> tuple[Any, str]:
     # Units are off: math-verify takes every letter m, g, s, h, t at the end for one, and 3t for 3.
     settings = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False)
     plain = normalize_latex(text, settings)
+    if sum(map(plain.count, "([")) != sum(map(plain.count, ")]")):  # no rule of the grammar; long runs of brackets keep it busy
+        return None, plain
     number, percents = _PERCENT.subn("", plain)
     last = _EQUALS.split(number)
     # math-verify too reads only the last part of a chain of equations that it does not understand as a whole.
@@ -214,12 +216,10 @@ def equal(gold: Any, answer: Any, decimals: int) -> bool:
         decided = None if slow and letters else same_term(left, right, decimals) if letters else same_number(left, right, decimals)
         if decided is not None:
             return decided
-    if verify(gold, answer, float_rounding=decimals, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True):
-        return True
-    inequalities = sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le
-    if isinstance(gold, inequalities) and isinstance(answer, inequalities) and gold.free_symbols == answer.free_symbols:
-        return len(gold.free_symbols) == 1 and gold.as_set() == answer.as_set()
-    return False
+    inequalities = sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le, sympy.Ne
+    if isinstance(gold, inequalities) and isinstance(answer, inequalities) and len(gold.free_symbols) == 1:
+        return gold.free_symbols == answer.free_symbols and gold.as_set() == answer.as_set()
+    return verify(gold, answer, float_rounding=decimals, allow_set_relation_comp=True, timeout_seconds=None, raise_on_error=True)
 
 
 def members(value: Any) -> list[Any] | None:

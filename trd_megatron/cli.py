@@ -117,6 +117,8 @@ def _result(stage: str, counts: dict[str, Any]) -> str:
         skipped = f", {counts['skipped_over_budget']} over the prompt budget" if counts["skipped_over_budget"] else ""
         cut, aborted = (counts["finish_reasons"].get(reason, 0) for reason in ("length", "abort"))
         skipped = f", {aborted} aborted{skipped}" if aborted else skipped
+        errors = counts["verdicts"].get("error", 0)
+        skipped = f", {errors} whose grading failed{skipped}" if errors else skipped
         rate = 100 * counts["passed"] / max(counts["samples"], 1)
         return f"{counts['samples']} samples, {rate:.1f} % pass, {counts['mean_response_tokens']:.0f} tokens each, {cut} cut off{skipped}"
     if stage == "train":
@@ -128,7 +130,12 @@ def _result(stage: str, counts: dict[str, Any]) -> str:
             return f"step {counts['step']}, every parameter"
         return f"step {counts['step']}, {counts['adapter_parameters']:,} adapter parameters{' merged' if stage == 'export/hf' else ''}"
     if stage.startswith("evaluate"):
-        return "; ".join(f"{name}: Avg@{c['k']} {c['avg_at_k']:.1f}, Pass@{c['k']} {c['pass_at_k']:.1f}" for name, c in counts.items())
+        lines = []
+        for name, of in counts.items():
+            errors = of["verdicts"].get("error", 0)
+            note = f", {errors} samples whose grading failed" if errors else ""
+            lines.append(f"{name}: Avg@{of['k']} {of['avg_at_k']:.1f}, Pass@{of['k']} {of['pass_at_k']:.1f}{note}")
+        return "; ".join(lines)
     return ", ".join(f"{key} {value}" for key, value in counts.items())
 
 

@@ -97,6 +97,14 @@ def test_plan_of_a_new_run_and_status_of_none(monkeypatch: pytest.MonkeyPatch, c
     assert "is not a run directory" in err
 
 
+def test_a_summary_says_how_much_could_not_be_graded() -> None:
+    counts = {"samples": 4, "passed": 1, "mean_response_tokens": 9, "finish_reasons": {"stop": 4}, "skipped_over_budget": 0}
+    rollout = counts | {"verdicts": {"pass": 1, "error": 3}}
+    assert cli._result("rollout", rollout) == "4 samples, 25.0 % pass, 9 tokens each, 0 cut off, 3 whose grading failed"
+    scores = {"k": 2, "avg_at_k": 25.0, "pass_at_k": 50.0, "verdicts": {"error": 3}}
+    assert cli._result("evaluate/base", {"x": scores}) == "x: Avg@2 25.0, Pass@2 50.0, 3 samples whose grading failed"
+
+
 def test_wrong_keys(refused) -> None:  # type: ignore[no-untyped-def]
     assert refused("learner.lr=1").startswith("error: unknown key learner.lr: did you mean")
     assert "method=forward_kl trains on y_o and has no stage refine" in refused("method=forward_kl", "--until", "refine")

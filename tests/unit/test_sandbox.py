@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.hostile_programs import ATTACKS, ENDLESS, PROBE_HELP, PROBES, RESULTS
+from trd_megatron.doctor import sandbox_row
 from trd_megatron.errors import UserError
 from trd_megatron.verify import CodeVerifier, sandbox, verify_code
 from trd_megatron.verify.sandbox import Sandbox
@@ -299,6 +300,7 @@ if os.environ.pop("STEP", "") != "2":
         open("/proc/sys/user/max_user_namespaces", "w").write("0")
         drop()
     os.execve(sys.executable, [sys.executable, "-c", os.environ["SCRIPT"], *sys.argv[1:]], dict(os.environ, STEP="2"))
+from trd_megatron.doctor import sandbox_row
 from trd_megatron.errors import UserError
 from trd_megatron.verify import sandbox, verify_code
 level = sandbox.level()
@@ -419,6 +421,14 @@ def test_what_require_takes(monkeypatch):
     for allowed in (True, False):
         with pytest.raises(UserError, match="programs cannot be run on this machine: why"):
             sandbox.require(allowed)
+
+
+def test_doctor_tells_the_level():
+    assert sandbox_row(sandbox.Level("full", "")) == ("full: own namespaces, no network, read-only files", "task=code")
+    for name in ("limits", "none"):
+        found, purpose = sandbox_row(sandbox.Level(name, "unshare: [odd] text"))
+        assert "yellow" in found and "unshare: \\[odd] text" in found
+        assert ("allow_unsandboxed=true" in purpose) == (name == "limits")
 
 
 def test_packages_and_threads_of_honest_programs():

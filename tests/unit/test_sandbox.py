@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.hostile_programs import ATTACKS, ENDLESS, PROBE_HELP, PROBES, RESULTS
+from trd_megatron.doctor import sandbox_row
 from trd_megatron.errors import UserError
 from trd_megatron.verify import CodeVerifier, sandbox, verify_code
 from trd_megatron.verify.sandbox import Sandbox
@@ -306,7 +307,7 @@ print(level.name, "|", level.reason)
 block = "```python\\n{{}}\\n```".format
 def grade(program, tests, **more):
     try:
-        verdict = verify_code(block(program), tests, timeout_s=2, memory_mb=512, **more)
+        verdict = verify_code(block(program), tests, timeout_s=1 if "sleep" in program else 30, memory_mb=512, **more)
         print(verdict.verdict, "|", verdict.detail)
     except UserError as error:
         print("UserError", "|", error)
@@ -383,7 +384,8 @@ def test_limits_of_root_are_those_of_another_user():
     look = """
 import os, socket
 print(os.getuid() >= 0x70000000, os.getcwd() == os.environ["HOME"] != "/tmp", os.path.basename(os.getcwd()).startswith("trd-code-"))
-for action in (lambda: socket.socket(socket.AF_INET), lambda: open("/trd-hostile", "w"), lambda: os.kill(os.getppid(), 9), lambda: os.setuid(0)):
+actions = [lambda: socket.socket(socket.AF_INET), lambda: open("/trd-hostile", "w"), lambda: os.kill(os.getppid(), 9), lambda: os.setuid(0)]
+for action in actions:
     try:
         print(action())
     except OSError:
@@ -418,6 +420,14 @@ def test_what_require_takes(monkeypatch):
     for allowed in (True, False):
         with pytest.raises(UserError, match="programs cannot be run on this machine: why"):
             sandbox.require(allowed)
+
+
+def test_doctor_tells_the_level():
+    assert sandbox_row(sandbox.Level("full", "")) == ("full: own namespaces, no network, read-only files", "task=code")
+    for name in ("limits", "none"):
+        found, purpose = sandbox_row(sandbox.Level(name, "unshare: [odd] text"))
+        assert "yellow" in found and "unshare: \\[odd] text" in found
+        assert ("allow_unsandboxed=true" in purpose) == (name == "limits")
 
 
 def test_packages_and_threads_of_honest_programs():

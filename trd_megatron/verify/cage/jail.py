@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import pwd
 import re
 import resource
 import shutil
@@ -94,13 +95,21 @@ def _choose_user(capabilities: int) -> int | None:
             maps.append([tuple(map(int, line.split())) for line in lines])
     wanted = FIRST_USER + os.getpid()
     for user in (wanted, 100_000 + os.getpid() % 65_536, 30_000 + os.getpid() % 30_000):  # smaller ones: in containers with a map
-        if all(any(first <= user < first + count for first, _, count in lines) for lines in maps):
+        if all(any(first <= user < first + count for first, _, count in lines) for lines in maps) and not _is_known(user):
             return user
     return None
 
 
+def _is_known(user: int) -> bool:
+    try:
+        pwd.getpwuid(user)
+    except KeyError:
+        return False
+    return True
+
+
 class Jail:
-    """The walls of one launcher. build() first, then for each program enter() in a process of its own, and confine() in the program's."""
+    """The walls of one launcher. build() first; for each program enter_program() and furnish(), then confine() in its own process."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
         """plan: level; python (paths that Python needs), packages (folders and files to import), hidden (folders to be emptied)."""
@@ -290,7 +299,8 @@ class Jail:
             if value is None:
                 continue
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            resource.setrlimit(limit, (value, value + 1 if limit == resource.RLIMIT_CPU and value < hard else value))
+            room = limit == resource.RLIMIT_CPU and value != hard  # a second from SIGXCPU to SIGKILL
+            resource.setrlimit(limit, (value, value + 1 if room else value))
         os.chdir(self.folder)
         if not self.full:
             os.environ["HOME"] = os.environ["TMPDIR"] = self.folder

@@ -22,7 +22,8 @@ LINK = 0
 
 
 def main() -> None:
-    jail.die_with(int(sys.argv[1]))
+    grader = int(sys.argv[1])
+    jail.die_with(grader)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # Ctrl-C is for the grader, which then closes the link
         signal.signal(number, signal.SIG_IGN)
     link = os.dup(LINK)
@@ -32,6 +33,7 @@ def main() -> None:
     walls = jail.Jail(first[0])
     try:
         walls.build()
+        jail.die_with(grader)  # again: the kernel forgets it where credentials change
         null = os.open("/dev/null", os.O_RDWR)
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)

@@ -71,7 +71,7 @@ def describe(error: BaseException) -> str:
 
 
 def _begin(confine: Callable[[], None], ready: int, keep: list[int]) -> None:
-    """Puts the descriptors in their places (keep[0] becomes 0, ...; None stays), drops all others and all rights."""
+    """Puts the descriptors in their places (keep[0] becomes 0, keep[1] 1, ...), drops all others and all rights."""
     for place, descriptor in enumerate(keep):
         os.dup2(descriptor, 200 + place)  # out of each other's way
     os.dup2(ready, 200 + len(keep))

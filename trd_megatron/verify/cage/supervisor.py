@@ -42,17 +42,17 @@ def serve(link: int, order: dict[str, Any], jail: Jail) -> None:
         header, body = message
         if header["op"] == "end":
             break
-        deadline = time.monotonic() + header.get("timeout_s", 0.0)
+        timeout_s = header["timeout_s"]  # counts from the moment when the process is there
         if header["op"] == "run":
             size = header["job_bytes"]
-            process = _Process(link, jail, order, int(header["timeout_s"]) + 1, body[:size], body[size:])
-            reply = process.end(process.watch(deadline))
+            process = _Process(link, jail, order, int(timeout_s) + 1, body[:size], body[size:])
+            reply = process.end(process.watch(time.monotonic() + timeout_s))
             jail.new_folder()
         else:
             if header["op"] == "load":
                 talker = _Process(link, jail, order, order["cpu_s"], body, None)
             assert talker is not None
-            reply = talker.exchange(b"" if header["op"] == "load" else body, deadline)
+            reply = talker.exchange(b"" if header["op"] == "load" else body, time.monotonic() + timeout_s)
         frames.send(link, *reply)
     jail.kill_others()
 

@@ -257,7 +257,7 @@ def values_at(value: Any, points: list[dict[str, str]]) -> list[Any]:
     found = []
     for point in points:
         letters = {symbol: sympy.Rational(point[symbol.name]) for symbol in value.free_symbols if symbol.name in point}
-        number = sympy.N(evaluated(value.subs(letters)), DIGITS)
+        number = sympy.N(evaluated(value.subs(letters, simultaneous=True)), DIGITS)  # one by one, a/b would be 0 at a=0, b=0
         finite = not number.free_symbols and number.is_finite and all(part.is_number for part in number.as_real_imag())
         found.append(number if finite else None)
     return found

@@ -202,9 +202,9 @@ def test_the_cases_are_many_distinct_and_half_of_them_hard():
     assert sum(case.level == "hard" for case in CASES) > len(CASES) / 2
     assert {case.level for case in CASES} == {"easy", "hard"}
     assert {case.verdict for case in CASES} == {"pass", "fail"}
-    # What the grader gets wrong, it gets wrong to the model's disadvantage, but for one.
+    # What the grader gets wrong, it gets wrong to the model's disadvantage.
     known = [case for case in CASES if case.grader != case.verdict]
-    assert [(case.box, case.gold) for case in known if case.grader == "pass"] == [("x^2-0.0000001", "x^2")]
+    assert [case for case in known if case.grader == "pass"] == []
     assert [(case.box, case.gold) for case in known if case.grader == "error"] == [(r"\frac{1}{0}", r"\frac{2}{0}")]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 MEMORY_LIMIT_BYTES = 1 << 30  # of address space; sympy with its caches needs about 70 MB
 ORPHAN_GRACE_S = 1.0  # how long an item may outlive its limit, when no parent is left to kill us
 DIGITS = 50  # to which exact values are compared
+TERM_DECIMALS = 9  # to which the values of terms that hold decimals are compared
 RELATIVE_TOLERANCE = 1e-4  # of decimals, beside the rounding: math_text.py
 VARIABLE_TOLERANCE = 1e-8  # relative, of the values of a "variable" answer
 # Where letters are tried out: no value is special, and letters get different ones. Positive rows refute, all rows together confirm.
@@ -165,7 +166,7 @@ def same_number(gold: Any, answer: Any, decimals: int) -> bool | None:
     return bool(rounded and abs(difference) <= RELATIVE_TOLERANCE * scale)
 
 
-def same_term(gold: Any, answer: Any, decimals: int) -> bool | None:
+def same_term(gold: Any, answer: Any) -> bool | None:
     """Whether two terms with letters have the same values, by trying: False if they differ as real numbers where all letters are
     positive, True if they agree everywhere it was tried, None if that does not decide."""
     symbols = sorted(gold.free_symbols | answer.free_symbols, key=str)
@@ -176,7 +177,7 @@ def same_term(gold: Any, answer: Any, decimals: int) -> bool | None:
         values = dict(zip(symbols, map(_rational, trial), strict=False))
         try:
             left, right = evaluated(gold.subs(values)), evaluated(answer.subs(values))
-            found.append(None if left.free_symbols or right.free_symbols else same_number(left, right, decimals))
+            found.append(None if left.free_symbols or right.free_symbols else same_number(left, right, TERM_DECIMALS))
         except Exception:
             found.append(None)
         if not trial[0].startswith("-") and found[-1] is False and all(value.is_real for value in (left, right)):
@@ -213,7 +214,7 @@ def equal(gold: Any, answer: Any, decimals: int) -> bool:
         slow = {name for value in (gold, answer) for part in sympy.preorder_traversal(value) for name in [type(part).__name__]} & set(SLOW)
         left, right = evaluated(gold), evaluated(answer)
         letters = left.free_symbols | right.free_symbols
-        decided = None if slow and letters else same_term(left, right, decimals) if letters else same_number(left, right, decimals)
+        decided = None if slow and letters else same_term(left, right) if letters else same_number(left, right, decimals)
         if decided is not None:
             return decided
     inequalities = sympy.Gt, sympy.Ge, sympy.Lt, sympy.Le, sympy.Ne
@@ -257,7 +258,7 @@ def values_at(value: Any, points: list[dict[str, str]]) -> list[Any]:
     found = []
     for point in points:
         letters = {symbol: sympy.Rational(point[symbol.name]) for symbol in value.free_symbols if symbol.name in point}
-        number = sympy.N(evaluated(value.subs(letters)), DIGITS)
+        number = sympy.N(evaluated(value.subs(letters, simultaneous=True)), DIGITS)  # one by one, a/b would be 0 at a=0, b=0
         finite = not number.free_symbols and number.is_finite and all(part.is_number for part in number.as_real_imag())
         found.append(number if finite else None)
     return found

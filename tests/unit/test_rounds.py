@@ -11,7 +11,7 @@ from trd_megatron import pipeline
 from trd_megatron.config import Config, load
 from trd_megatron.engine.base import EngineFailedError, Generation, Request, Weights
 from trd_megatron.errors import UserError
-from trd_megatron.records import TRAJECTORY
+from trd_megatron.records import PROBLEM, TRAJECTORY
 from trd_megatron.run_dir import IN_ROUND, RunDir, read_shards
 from trd_megatron.stages import generate
 
@@ -208,7 +208,8 @@ def test_a_sample_of_other_weights_is_an_error(tmp_path: Path, monkeypatch: pyte
     engines = Engines(config, tmp_path / "servers", print)
     monkeypatch.setattr(engines, "open", lambda role, weights, journal: Engine())
     model = resolve_model(config.model.path)
-    tasks = [generate.Task({"problem_id": "p", "task": "math", "answer": "1"}, 0, "?", [65])]
+    problem = dict.fromkeys(PROBLEM.names) | {"problem_id": "p", "task": "math", "answer": "1"}
+    tasks = [generate.Task(problem, 0, "?", [65])]
     sampling = config.rollout
 
     def draw(version: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class ScriptedServer:
     """
 
     def __init__(self, *, label: str = "default", delay_s: float = 0.0, api_key: str | None = None, seed: int = 0) -> None:
-        self.label, self.model_path, self.delay_s, self.api_key = label, "", delay_s, api_key
+        self.label, self.model_path, self.delay_s, self.api_key = label, "someone/model", delay_s, api_key
         self.context, self.total_tokens = 4096, 1 << 20
         self.original_logprobs = True
         self.takes_updates = True

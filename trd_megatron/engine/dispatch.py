@@ -7,6 +7,7 @@ import json
 import random
 import uuid
 from collections.abc import Callable
+from functools import partial
 
 from trd_megatron.engine.answers import Draw, WrongWeightsError, read_answer, size_limit
 from trd_megatron.engine.base import SamplingParams, Weights
@@ -145,6 +146,7 @@ class Job:
         server = min(fit, key=lambda server: server.tokens)
         self._suspicion.begins(item, server)
         server.tokens += len(item.prompt) + self._sampling.max_new_tokens
+        server.unsent.add(item)
         server.in_flight[item] = self._fleet.spawn(self._attempt(item, server))
         return True
 
@@ -156,6 +158,7 @@ class Job:
 
     def _detach(self, item: Item, server: Server) -> None:
         del server.in_flight[item]
+        server.unsent.discard(item)
         server.tokens -= len(item.prompt) + self._sampling.max_new_tokens
         self._suspicion.ends(item, server)
 
@@ -164,7 +167,7 @@ class Job:
     def take_back(self, server: Server, lost: bool) -> None:
         """The server is out: its requests go back into the queue. lost: it died or hangs, perhaps by one of them."""
         tasks = dict(server.in_flight)
-        blamed = self._suspicion.lost(server, tasks) if lost else None
+        blamed = self._suspicion.lost(server, tasks.keys() - server.unsent) if lost else None
         if blamed is not None:
             self._note(blamed, f"{server.url} was lost while it ran: {server.reason}")
             self._count(blamed, server)
@@ -198,7 +201,9 @@ class Job:
         max_new_tokens = self._sampling.max_new_tokens
         body = self._body(item, rid)
         limit, timeout_s = size_limit(max_new_tokens), self._options.request_timeout_s
-        status, answer = await server.link.call("POST", "/generate", body, limit=limit, timeout_s=timeout_s)
+        status, answer = await server.link.call(
+            "POST", "/generate", body, limit=limit, timeout_s=timeout_s, on_sent=partial(server.unsent.discard, item)
+        )
         if status != 200:
             raise StatusError(status, answer)
         return read_answer(

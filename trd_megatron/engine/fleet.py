@@ -29,6 +29,7 @@ class Server:
         self.reason = "not looked at yet"  # why it is out
         self.out_since = 0.0
         self.in_flight: dict[Item, asyncio.Task[None]] = {}
+        self.unsent: set[Item] = set()  # in flight, but there is no connection yet
         self.tokens = 0
         self.limit = most  # what it had room for when it refused more; grows again
         self.last_answer = 0.0
@@ -53,6 +54,7 @@ class Server:
 
     def forget_work(self) -> None:
         self.in_flight.clear()
+        self.unsent.clear()
         self.failing.clear()
         self.tokens = 0
         self.doubted, self.broken = None, set()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -41,12 +42,20 @@ def open_session(api_key: str | None) -> aiohttp.ClientSession:
     headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
+    trace = aiohttp.TraceConfig()
+    trace.on_request_headers_sent.append(_headers_sent)
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
         headers=headers,
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
+        trace_configs=[trace],
     )
+
+
+async def _headers_sent(session: aiohttp.ClientSession, context: Any, params: aiohttp.TraceRequestHeadersSentParams) -> None:
+    if context.trace_request_ctx is not None:
+        context.trace_request_ctx()
 
 
 class ServerLink:
@@ -60,15 +69,26 @@ class ServerLink:
         """A link to another URL, over the same session."""
         return ServerLink(self._session, url, connect_timeout_s=self._connect_timeout_s, read_timeout_s=self._read_timeout_s)
 
-    async def call(self, method: str, path: str, body: bytes | None = None, *, limit: int, timeout_s: float) -> tuple[int, bytes]:
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        limit: int,
+        timeout_s: float,
+        on_sent: Callable[[], None] | None = None,
+    ) -> tuple[int, bytes]:
         """(status, body) of an answer of at most `limit` bytes.
 
         timeout_s counts from now, connecting included. Once the body began, its pieces must follow each other within the
-        read timeout. Raises one of LINK_ERRORS.
+        read timeout. on_sent: called once there is a connection and the request goes over it. Raises one of LINK_ERRORS.
         """
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=self._connect_timeout_s)
         try:
-            async with self._session.request(method, self.url + path, data=body, timeout=timeout, allow_redirects=False) as response:
+            async with self._session.request(
+                method, self.url + path, data=body, timeout=timeout, allow_redirects=False, trace_request_ctx=on_sent
+            ) as response:
                 return response.status, await self._body(response, limit)
         except aiohttp.ConnectionTimeoutError:
             raise UnreachableError(f"no connection within {self._connect_timeout_s:g} s") from None

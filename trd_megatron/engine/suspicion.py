@@ -1,6 +1,6 @@
 """Which requests may be what kills servers, and how few of them may run together."""
 
-from collections.abc import Iterable
+from collections.abc import Set
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ class Suspicion:
         if self._running:
             self._running.get(server, set()).discard(item)
 
-    def lost(self, server: "Server", in_flight: "Iterable[Item]") -> "Item | None":
+    def lost(self, server: "Server", in_flight: "Set[Item]") -> "Item | None":
         """The server was lost with these in flight. Returns the suspect that was alone there: this loss counts against it."""
-        running = self._running.pop(server, set())
+        running = self._running.pop(server, set()) & in_flight
         for item in in_flight:
             self._losses[item] = self._losses.get(item, 0) + 1
-        return next(iter(running)) if len(running) == 1 else None
+        return running.pop() if len(running) == 1 else None
 
     def __contains__(self, item: "Item") -> bool:
         return item in self._losses

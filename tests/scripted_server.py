@@ -40,6 +40,7 @@ class ScriptedServer:
         self.takes_updates = True
         self.healthy = True
         self.frozen = False  # accepts connections and says nothing
+        self.stuck = False  # generates nothing, and says it is healthy
         self.faults: Counter[str] = Counter()
         self.injected: Counter[str] = Counter()
         self.fault_rate = 0.5
@@ -138,6 +139,8 @@ class ScriptedServer:
             _send(writer, 404, {"detail": "Not Found"})
 
     async def _generate(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        while self.stuck:
+            await asyncio.sleep(0.02)
         if request.get("top_logprobs_num"):
             self.probes += 1
             refused = self.refuse_probe() or ((503, "The request queue is full.") if self.now >= self.holds else None)

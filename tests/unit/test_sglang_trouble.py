@@ -3,7 +3,6 @@
 
 import threading
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -64,20 +63,21 @@ def test_all_requests_fail(model: Path, count: int) -> None:
 
 
 def test_errors_that_a_timer_finds(model: Path) -> None:
-    """The last request of an open window is given up in a timer: the next shard is pulled from there."""
+    """A request is given up in a timer, and the next shard is pulled from there."""
+    bad = [[Request([1], 0)], [Request([2], 1)]]
 
     def source() -> Iterator[list[Request]]:
-        yield from make_shards(2)
+        yield from bad
         raise KeyError("mine")
 
     with ScriptedServer() as server:
-        server.refuse = only(*range(20))
-        with Client([server], model, attempts=2, max_outstanding=8) as client, pytest.raises(KeyError, match="mine"):
+        server.refuse = lambda request: (500, "sick")
+        with Client([server], model, attempts=1, max_outstanding=1) as client, pytest.raises(KeyError, match="mine"):
             in_time(lambda: client.draw(source()))
         server.context = 40
-        shards = [*make_shards(1), [Request([5] * 33, 1000)], [Request([1, 2], 2000 + i) for i in range(16)]]
-        with Client([server], model, attempts=2, max_outstanding=8) as client, pytest.raises(UserError, match=r"40 tokens.*need 43"):
-            in_time(lambda: client.draw(iter(shards)))
+        long = [Request([5] * 33, 1000)]
+        with Client([server], model, attempts=1, max_outstanding=1) as client, pytest.raises(UserError, match=r"40 tokens.*need 43"):
+            in_time(lambda: client.draw(iter([*bad, long])))
 
 
 def test_few_requests_that_all_fail(two: list[ScriptedServer], model: Path) -> None:
@@ -196,13 +196,14 @@ def test_key_that_is_refused_once(model: Path) -> None:
         check(in_time(lambda: client.draw(shards)), shards)
 
 
-def test_server_that_hangs_in_all_but_health(model: Path) -> None:
+def test_server_that_is_healthy_and_generates_nothing(model: Path) -> None:
+    """That is no request's fault either: it is out until it generates again."""
     shards = make_shards(1)
     with ScriptedServer() as server, Client([server], model, request_timeout_s=0.3, health_timeout_s=0.1, attempts=1) as client:
-        server.faults.update({"hang": 16})
-        server.fault_rate = 1.0
-        found = in_time(lambda: client.draw([*shards, [Request([1], 99)]]))
-        assert Counter(reasons(found)).keys() <= {f"{server.url}: no answer within 0.3 s"}
+        server.stuck = True
+        threading.Timer(1.5, lambda: setattr(server, "stuck", False)).start()
+        check(in_time(lambda: client.draw(shards)), shards)
+        assert any("is out: it answers nothing any more" in text for text in client.said)
 
 
 # Servers that are lost

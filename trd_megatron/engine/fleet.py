@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _SAY_EVERY_S = 30.0
+_TOGETHER_S = 0.1  # connections that break within it break together
 REFUSALS = (408, 429, 503)  # "not now": its queue is full, or a router has no worker just now
 
 
@@ -37,12 +38,13 @@ class Server:
         self.checking: asyncio.Task[bool] | None = None
         self.proving: asyncio.Task[bool] | None = None
         self.failing: set[Item] = set()  # in flight, but failed: until the proof is over it is not known whose fault that is
-        self.doubted: frozenset[Item] | None = None  # in flight when a connection broke; until the check is over, no new ones
+        self.doubting: asyncio.Task[bool] | None = None
+        self.doubted = False  # a connection broke: until it is known whether the server is the same as before, no new work
         self.broken: set[Item] = set()
 
     @property
     def has_room(self) -> bool:
-        return self.healthy and self.doubted is None and len(self.in_flight) < self.limit
+        return self.healthy and not self.doubted and len(self.in_flight) < self.limit
 
     def answered(self) -> None:
         self.last_answer = asyncio.get_running_loop().time()
@@ -57,7 +59,7 @@ class Server:
         self.unsent.clear()
         self.failing.clear()
         self.tokens = 0
-        self.doubted, self.broken = None, set()
+        self.doubted, self.broken = False, set()
 
 
 class Fleet:
@@ -145,7 +147,7 @@ class Fleet:
             return
         server.healthy, server.reason = False, reason
         server.out_since = asyncio.get_running_loop().time()
-        server.doubted, server.broken = None, set()
+        server.doubted, server.broken = False, set()
         self.say(f"{server.url} is out: {reason}")
         if self.job is not None:
             self.job.take_back(server, lost)
@@ -186,7 +188,7 @@ class Fleet:
                         break
             return False
         finally:
-            server.checking = server.doubted = None
+            server.checking = None
 
     async def prove(self, server: Server, item: "Item") -> bool:
         """Whether the server, at which `item` failed, serves a small request of ours. Then the failure was the item's.
@@ -229,13 +231,24 @@ class Fleet:
 
         One that restarted at once is told by all its connections having broken together.
         """
-        if server.doubted is None:
-            server.doubted, server.broken = frozenset(server.in_flight), set()
-        doubted = server.doubted
         server.broken.add(item)
-        alive = await self.confirm(server)
-        if alive and server.healthy and len(doubted) > 1 and doubted <= server.broken:
-            self.take_out(server, "all its connections broke at once", lost=True)
+        if server.doubting is None:
+            server.doubting = self.spawn(self._doubt(server))
+        await _result(server.doubting)
+
+    async def _doubt(self, server: Server) -> bool:
+        """Whether it is the same server as before."""
+        server.doubted, broken = True, server.broken
+        running = server.in_flight.keys() - server.unsent - server.failing
+        try:
+            await asyncio.sleep(min(_TOGETHER_S, self.options.health_interval_s))
+            if not await self.confirm(server):
+                return False
+            if len(broken) > 1 and not (running & server.in_flight.keys()) - broken:
+                self.take_out(server, "all its connections broke at once", lost=True)
+            return server.healthy
+        finally:
+            server.doubting, server.doubted, server.broken = None, False, set()
 
     async def _watch(self, server: Server, looked_at: asyncio.Event) -> None:
         options = self.options

@@ -106,3 +106,15 @@ def test_worker_that_dies(router: ScriptedRouter, two: list[ScriptedServer], mod
         threading.Timer(0.3, two[0].start).start()
         check(in_time(lambda: client.draw(shards)), shards)
         assert any("is out" in text for text in client.said)
+
+
+def test_workers_too_busy_for_a_health_check(router: ScriptedRouter, two: list[ScriptedServer], model: Path) -> None:
+    """As long as the router answers requests it stays in."""
+    shards = make_shards(60)
+    with Client([router], model, health_timeout_s=0.3) as client:
+        asked = []
+        for worker in two:
+            worker.delay_s = 0.02
+            worker._control = lambda method, path, order, writer: asked.append(path)  # type: ignore[method-assign, assignment]
+        check(in_time(lambda: client.draw(shards)), shards)
+        assert asked and not any("is out" in text for text in client.said)

@@ -12,7 +12,7 @@ from typing import Any
 from trd_megatron.engine.answers import BadAnswerError, error_message, one_line, parse_object
 from trd_megatron.engine.base import Weights
 from trd_megatron.engine.client_options import ClientOptions
-from trd_megatron.engine.server_link import LINK_ERRORS, ServerLink, StatusError, status_reason
+from trd_megatron.engine.server_link import LINK_ERRORS, ServerLink, SlowError, StatusError, status_reason
 from trd_megatron.errors import UserError
 
 UNNAMED = "default"  # what SGLang calls weights that nobody gave a name
@@ -119,13 +119,14 @@ class Admission:
     async def _admit_workers(self, workers: list[ServerLink]) -> ServerFacts:
         """Lets in those that are ready: a router needs a while to see that a worker died, and asks the others meanwhile.
 
-        Raises NotReadyError if none is.
+        Raises NotReadyError if none is, SlowError if one may only be busy.
         """
         found = await asyncio.gather(*map(self._admit_worker, workers))
         facts = [one for one in found if isinstance(one, ServerFacts)]
         if not facts:
             reasons = "; ".join(f"{worker.url}: {error}" for worker, error in zip(workers, found, strict=True))
-            raise NotReadyError(f"the router has no healthy worker{f' ({reasons})' if reasons else ''}")
+            kind = SlowError if any(isinstance(one, SlowError) for one in found) else NotReadyError
+            raise kind(f"the router has no healthy worker{f' ({reasons})' if reasons else ''}")
         return ServerFacts(
             version=" ".join(sorted({one.version for one in facts})),
             deterministic=all(one.deterministic for one in facts),

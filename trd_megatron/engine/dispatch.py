@@ -220,7 +220,8 @@ class Job:
         try:
             draw = await self._ask(item, server)
         except (StatusError, *LINK_ERRORS) as error:
-            await self._failed(item, server, error)
+            if self._has(server, item):
+                await self._failed(item, server, error)
         else:
             if not self._has(server, item):
                 return

@@ -180,7 +180,7 @@ class Fleet:
                 except SlowError as error:
                     if server.last_answer > start:  # it works, only not on this
                         return True
-                    self.take_out(server, f"/health: {error}", lost=True)
+                    self.take_out(server, f"health check: {error}", lost=True)
                     break
                 except LINK_ERRORS as error:
                     if attempt or isinstance(error, UnreachableError):

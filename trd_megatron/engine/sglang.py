@@ -203,7 +203,7 @@ class SGLangEngine:
             """Gathers them: waking the caller for each sample would cost as much as the sample's own work."""
             nonlocal tokens
             if not tokens:
-                self._loop.call_later(_TELL_EVERY_S, tell_tokens)
+                self._fleet.call_later(_TELL_EVERY_S, tell_tokens)
             tokens += count
 
         opened = Shards(

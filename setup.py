@@ -47,6 +47,7 @@ setup(
         "quickstart": ["accelerate>=1.10", "gguf>=0.17", "reasoning-gym==0.1.25"],
         "gpu": ["transformer-engine[pytorch]>=2.1"],  # built for the CUDA that torch has; apex comes with NVIDIA's images
         "bench": ["liger-kernel==0.8.5", "trl==1.16.0"],  # the peers of `trd bench kl`
+        "code": ["evalplus==0.3.1", "nvidia-livecodebench==26.3"],  # humaneval_plus, mbpp_plus; and the peer of livecodebench's test
         "wandb": ["wandb>=0.31"],  # logging.wandb_project
         "dev": [
             "hypothesis>=6.150",

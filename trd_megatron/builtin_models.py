@@ -7,7 +7,6 @@ machine once and cached under $TRD_CACHE/models (default ~/.cache/trd_megatron/m
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -24,6 +23,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError: of
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from trd_megatron.cache import cache_dir
 from trd_megatron.errors import UserError
 from trd_megatron.progress import console
 
@@ -164,7 +164,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _cached(name: str, make: Callable[[Path], None]) -> Path:
     """The cache folder `name`; `make` fills it if it is not there. It appears whole or not at all, so an interrupted run leaves
     nothing half-made, and of two processes at once the first to finish wins."""
-    cache = Path(os.environ.get("TRD_CACHE") or "~/.cache/trd_megatron").expanduser()
+    cache = cache_dir()
     target = cache / "models" / name
     if target.is_dir():
         return target

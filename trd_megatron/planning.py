@@ -15,7 +15,9 @@ from trd_megatron.builtin_models import resolve_model
 from trd_megatron.chat import Chat, coloured, sequence
 from trd_megatron.config import Config, from_dict
 from trd_megatron.convert.architecture import Architecture
+from trd_megatron.data import sources
 from trd_megatron.errors import UserError
+from trd_megatron.evaluate import benchmarks
 from trd_megatron.learner.checkpoint_files import saved_steps
 from trd_megatron.learner.stack import precision
 from trd_megatron.pipeline import works
@@ -65,6 +67,8 @@ def tables(config: Config) -> Iterator[RenderableType]:
     for work in works(config, run_dir):
         stages.add_row(work.name, MEANING[work.folder.state()], _settings_line(config, work.stage.name))
     yield stages
+    if config.job == "evaluate":  # the sizes are those of training
+        return
     yield _needs(config, run_dir)
 
 
@@ -151,6 +155,8 @@ def sample(config: Config) -> Text:
 
     Raises UserError where even the problems would have to be downloaded first.
     """
+    if config.job == "evaluate":
+        raise UserError("--show-sample shows a training sequence, and job=evaluate trains nothing")
     run_dir = RunDir(config.run_dir, config.name).in_round(0, config.rounds)
     chat = Chat(resolve_model(config.model.path), config.data.prompt_format, config.student.chat_template_kwargs)
     first = (work for work in works(config, run_dir) if work.run_dir.round == 0)
@@ -158,17 +164,21 @@ def sample(config: Config) -> Text:
     if {"prepare", "rollout", "refine" if config.method.trajectory == "refined" else "rollout"} <= current:
         row = build_samples(config, run_dir)[0][0]
         return coloured(chat, sequence(row["student_prompt_ids"], row["response_ids"]))
-    if config.data.source == "deepscaler" and config.data.path is None:
-        raise UserError("--show-sample needs problems: `trd run ... --until prepare` downloads them, or set data.path")
+    if not sources.is_cached(config.data) or not all(map(benchmarks.is_cached, config.data.exclude_benchmarks)):
+        raise UserError("--show-sample needs problems, and the benchmarks they are checked against: `trd prepare ...` downloads them")
     problem = prepare.load(config)[0]
     prompt = chat.prompt_ids(student_prompt(config.task, problem["problem"], problem.get("starter_code")))
     return coloured(chat, sequence(prompt, chat.encode(problem.get("reference_solution") or problem["answer"])))
 
 
+def _does(config: Config) -> str:
+    return f"evaluates {config.model.path}" if config.job == "evaluate" else f"method {config.method.name}"
+
+
 def status(run_path: Path) -> Table:
     """The stages of a run with counts and rates. Raises UserError if `run_path` is no run."""
     config = from_dict(read_config(run_path))
-    table = Table("stage", "state", "done", "rate", "seconds", title=f"{config.name}, method {config.method.name}, in {run_path}")
+    table = Table("stage", "state", "done", "rate", "seconds", title=f"{config.name}, {_does(config)}, in {run_path}")
     for work in works(config, RunDir(run_path, config.name)):
         folder = work.folder
         manifest = Manifest.read(folder.folder)

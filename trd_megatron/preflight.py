@@ -1,7 +1,9 @@
 """What can be checked before any work is done, so that an hour of generation does not end in a wrong model or layout."""
 
 import os
+from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -9,17 +11,20 @@ from trd_megatron.builtin_models import resolve_model
 from trd_megatron.chat import Chat
 from trd_megatron.config import Config
 from trd_megatron.convert.architecture import Architecture
-from trd_megatron.data import parquet
 from trd_megatron.errors import UserError
+from trd_megatron.evaluate import benchmarks
 from trd_megatron.learner import versions
 from trd_megatron.learner.stack import Installed, check_shapes, choose
+from trd_megatron.verify import sandbox
+
+CONTEXT_MARGIN = 2  # SGLang stops so many tokens before the end of the context
 
 
 def check_devices(config: Config) -> None:
     """Raises UserError if this machine has fewer GPUs than the configuration uses."""
     check_server_devices(config)
     gpus, ranks = torch.cuda.device_count(), config.learner.ranks
-    if config.learner.device == "cuda" and gpus < ranks:
+    if config.job == "distill" and config.learner.device == "cuda" and gpus < ranks:
         raise UserError(
             f"learner.device=cuda with {ranks} ranks (learner.tensor_model_parallel_size x context_parallel_size x data_parallel_size), "
             f"but this machine has {gpus} usable GPUs: choose learner=cpu{', or fewer ranks' if gpus else ''}"
@@ -62,13 +67,25 @@ def check_training(config: Config) -> None:
         )
 
 
+def check_grading(config: Config) -> None:
+    """Raises UserError if programs are to be run to grade them, and this machine cannot shut them in."""
+    trains_on_code = config.job == "distill" and config.task == "code"
+    others = (spec for spec in config.evaluate.benchmarks if spec != "test")
+    if trains_on_code or any(problem["task"] == "code" for spec in others for problem in benchmarks.texts(spec)):
+        sandbox.require(config.verify.code.allow_unsandboxed)
+
+
 def check_inputs(config: Config) -> None:
     """Checks models, tokenizers, the parallel layout and the benchmarks' files. Raises UserError that names the key to change."""
     for benchmark in config.evaluate.benchmarks:
-        if benchmark != "test" and not parquet.load(parquet.locate(benchmark)):
-            raise UserError(f"evaluate.benchmarks: {benchmark} holds no problems")
+        if benchmark != "test":
+            benchmarks.texts(benchmark)
     student_path = resolve_model(config.model.path)
+    of_student = ("evaluate",) if config.job == "evaluate" else ("rollout", "evaluate", *(() if config.teacher.path else ("refine",)))
+    _check_context(config, "student", student_path, of_student)
     student = Chat(student_path, config.data.prompt_format, config.student.chat_template_kwargs)
+    if config.job == "evaluate":  # any model will do that the engine can load
+        return
     tp = config.learner.tensor_model_parallel_size
     student_architecture = Architecture.from_hf(student_path)
     student_architecture.check_student(f"model.path={config.model.path}")
@@ -77,6 +94,7 @@ def check_inputs(config: Config) -> None:
     if config.teacher.path is None:
         return
     teacher_path = resolve_model(config.teacher.path)
+    _check_context(config, "teacher", teacher_path, ("refine",))
     teacher_architecture = Architecture.from_hf(teacher_path)
     teacher_architecture.check_tensor_parallel_size(tp, config.teacher.path)
     check_shapes(config.learner, teacher_architecture, config.teacher.path)
@@ -94,3 +112,19 @@ def check_inputs(config: Config) -> None:
             f"teacher.path={config.teacher.path} has {rows[1]} vocabulary rows, model.path={config.model.path} has {rows[0]}: "
             "full-vocabulary KL needs as many"
         )
+
+
+def _check_context(config: Config, role: str, model: Path, sections: Sequence[str]) -> None:
+    """Raises UserError if a server's context has no room for any prompt beside a stage's responses. A prompt that is too long for what
+    is left is found when the stage begins."""
+    engine = config.engine
+    if engine.kind != "sglang" or not engine.launch:
+        return
+    context = getattr(engine, role).context_length or Architecture.from_hf(model).max_position_embeddings
+    for section in sections:
+        response = getattr(config, section).max_response_tokens
+        if response + CONTEXT_MARGIN >= context:
+            raise UserError(
+                f"{section}.max_response_tokens={response} leaves no room for a prompt in the {role} servers' context of {context} tokens: "
+                f"lower it, or raise engine.{role}.context_length"
+            )

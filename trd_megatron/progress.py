@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -9,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+LINE_EVERY_S = 60.0
+SPEED_OVER_S = 300.0  # results come in bursts of a shard
 WIDE = 140  # where nothing is a terminal, lines are not folded at 80
 console = Console(stderr=True, width=None if sys.stderr.isatty() else WIDE)  # progress and errors
 output = Console(width=None if sys.stdout.isatty() else WIDE)  # what was asked for
@@ -42,31 +45,44 @@ class _Rate(ProgressColumn):
 
 
 class Bar:
-    """One bar. Items move it, tokens and notes are shown beside it."""
+    """One bar. Items move it, tokens and notes are shown beside it. Where it is not drawn, a line a minute takes its place."""
 
     def __init__(self, progress: Progress, description: str, total: int, unit: str, start: int) -> None:
-        self._progress, self._tokens = progress, 0
+        self._progress, self._tokens, self._last_line = progress, 0, time.monotonic()
         self._task = progress.add_task(description, total=total, completed=start, unit=unit, tokens=0, note="", before=start)
 
     def advance(self, items: int = 1) -> None:
         self._progress.advance(self._task, items)
+        self._line()
 
     def tokens(self, count: int) -> None:
         self._tokens += count
         self._progress.update(self._task, tokens=self._tokens)
+        self._line()
 
     def note(self, text: str) -> None:
         self._progress.update(self._task, note=text)
+        self._line()
+
+    def _line(self) -> None:
+        now = time.monotonic()
+        if console.is_terminal or now - self._last_line < LINE_EVERY_S:
+            return
+        self._last_line = now
+        task = self._progress.tasks[self._task]
+        left = "" if task.time_remaining is None else f", {task.time_remaining / 60:.0f} minutes left"
+        note = f"  {task.fields['note']}" if task.fields["note"] else ""
+        console.print(f"{task.description}: {task.completed:.0f}/{task.total:.0f}  {_Rate().render(task)}{left}{note}", highlight=False)
 
 
 @contextlib.contextmanager
 def bar(description: str, total: int, unit: str, start: int = 0) -> Iterator[Bar]:
-    """A bar on standard error; where that is no terminal, only its last state is printed."""
+    """A bar on standard error; where that is no terminal, a line a minute and at the end its last state."""
     columns = (
         TextColumn("{task.description:<8}"), BarColumn(bar_width=12), MofNCompleteColumn(), _Rate(),
         TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}", style="dim"),
     )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, speed_estimate_period=SPEED_OVER_S) as progress:
         yield Bar(progress, description, total, unit, start)
 
 

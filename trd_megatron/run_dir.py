@@ -185,8 +185,12 @@ class RunDir:
         """Holds the run for this process. Raises UserError if another process works in it; a dead holder's lock is void."""
         import fcntl
 
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / LOCK).open("w") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / LOCK).open("w")
+        except OSError as error:
+            raise UserError(f"run_dir={self.path} cannot be written ({error.strerror}): choose another run_dir=PATH") from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -310,10 +314,35 @@ def read_parquet(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
 
 
 def merge_shards(folder: Path, target: Path, schema: pa.Schema) -> None:
-    """All rows of a stage folder in one file, in shard order, written atomically."""
+    """All rows of a stage folder in one file, in shard order, written atomically. Its origins are those of all of them."""
+    shards = sorted(folder.glob("part-*.parquet"))
+    schema = with_origins(schema, origins(shards))
     with atomic_write(target, "wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        for path in sorted(folder.glob("part-*.parquet")):
+        for path in shards:
             writer.write_table(read_columns(path, schema, schema.names).cast(schema))
+
+
+_ORIGINS = b"trd_megatron.origins"  # key in a parquet file's metadata
+Origins = dict[str, list[Any]]  # "engines" and "graders" -> what they were, one after the other, each once
+
+
+def with_origins(schema: pa.Schema, values: Origins) -> pa.Schema:
+    """The schema of a file that says what made its rows."""
+    return schema.with_metadata({_ORIGINS: json.dumps(values, sort_keys=True)})
+
+
+def origins(paths: Sequence[Path]) -> Origins:
+    """What made the rows of these files: the different origins in their order. Raises UserError if one is damaged."""
+    found: Origins = {}
+    for path in paths:
+        try:
+            metadata = pq.read_schema(path).metadata or {}
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]})") from None
+        for name, values in json.loads(metadata.get(_ORIGINS, b"{}")).items():
+            known = found.setdefault(name, [])
+            known += [value for value in values if value not in known]
+    return found
 
 
 def read_shards(folder: Path, schema: pa.Schema) -> list[dict[str, Any]]:

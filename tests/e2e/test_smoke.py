@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -80,7 +81,8 @@ def test_a_run_leaves_everything_behind(whole: Path) -> None:
     assert summary["steps"] == 5
     assert summary["kl_fixed_batch_after"] < summary["kl_fixed_batch_before"]
     scores = json.loads((whole / "eval/summary.json").read_text())
-    assert set(scores) == {"base", "student"}
+    assert set(scores) == {"base", "student", "comparison"}
+    assert scores["comparison"]["test"]["delta"]["avg_at_k"] == scores["student"]["test"]["avg_at_k"] - scores["base"]["test"]["avg_at_k"]
     assert scores["base"]["test"]["k"] == 2
     assert "<table" in (whole / "report.html").read_text()
     assert (whole / "train/checkpoints/step_5/state.json").exists()
@@ -147,6 +149,29 @@ def test_a_changed_setting_runs_what_depends_on_it_and_nothing_else(copy: Path) 
     assert content(copy) == ids
     assert (copy / "report.html").read_text() != report
     assert json.loads((copy / "eval/summary.json").read_text())["student"] == manifest(copy, "eval/student")["counts"]
+
+
+def test_grading_again_leaves_the_run_finished(copy: Path) -> None:
+    """Labels that are put into the files by hand are corrected, everywhere where they are used."""
+    before, forged = finished(copy), copy / "eval/student/test.parquet"
+    table = pq.read_table(forged)
+    for name, value in (("passed", True), ("verdict", "pass")):
+        position = table.schema.get_field_index(name)
+        table = table.set_column(position, table.schema.field(position), pa.array([value] * len(table)))
+    pq.write_table(table, forged)
+    grade = [sys.executable, "-m", "trd_megatron.cli", "grade", str(copy), "verify.timeout_s=60"]
+    result = subprocess.run(grade, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "evaluate/student test" in result.stdout
+    assert "64 samples graded, 8 verdicts changed" in result.stderr
+    assert "training is not repeated" in result.stderr
+    assert json.loads((copy / "eval/summary.json").read_text())["student"]["test"]["passed"] == 0
+    report = json.loads((copy / "report.json").read_text())
+    assert report["benchmarks"][0]["method"]["avg_at_k"] == 0
+    assert report["settings"]["verify.timeout_s"] == 60
+    result = trd(copy, *SMALL_SHARDS)
+    assert result.stderr.count("done before, skipped") == len(FOLDERS)
+    assert {folder for folder in FOLDERS if finished(copy)[folder] != before[folder]} <= {"report"}
 
 
 def test_the_layout_is_no_reason_to_run_again(copy: Path) -> None:

@@ -76,7 +76,9 @@ def test_logprobs_are_those_of_the_weights_that_each_round_names(run: Path) -> N
 def test_manifests_say_what_served_and_nothing_is_left_running(run: Path) -> None:
     counts = json.loads((run / "rounds/1/rollouts/manifest.json").read_text())["counts"]
     assert counts["truncated_share"] == 1 and counts["aborted_share"] == 0
-    assert counts["engine"]["sglang"].startswith("0.")
+    assert counts["engines"][0]["sglang"].startswith("0.")
     assert {path.name for path in (run / "servers").glob("*.log")} == {"student-0.log", "teacher-0.log"}
+    started = (run / "servers" / "student-0.log").read_text(errors="replace").count("starting with weights")
+    assert started == 1  # the trained student came by /update_weights_from_disk
     assert not [p for p in psutil.process_iter(["cmdline"]) if any(str(run) in word for word in p.info["cmdline"] or [])]
     assert not list(run.rglob(".finished"))

@@ -97,11 +97,21 @@ def test_plan_of_a_new_run_and_status_of_none(monkeypatch: pytest.MonkeyPatch, c
     assert "is not a run directory" in err
 
 
+def test_a_summary_says_how_much_could_not_be_graded() -> None:
+    counts = {"samples": 4, "passed": 1, "mean_response_tokens": 9, "finish_reasons": {"stop": 4}, "skipped_over_budget": 0}
+    rollout = counts | {"verdicts": {"pass": 1, "error": 3}}
+    assert cli._result("rollout", rollout) == "4 samples, 25.0 % pass, 9 tokens each, 0 cut off, 3 whose grading failed"
+    scores = {"k": 2, "avg_at_k": 25.0, "pass_at_k": 50.0, "verdicts": {"error": 3}}
+    assert cli._result("evaluate/base", {"x": scores}) == "x: Avg@2 25.0, Pass@2 50.0, 3 samples whose grading failed"
+
+
 def test_wrong_keys(refused) -> None:  # type: ignore[no-untyped-def]
     assert refused("learner.lr=1").startswith("error: unknown key learner.lr: did you mean")
     assert "method=forward_kl trains on y_o and has no stage refine" in refused("method=forward_kl", "--until", "refine")
     assert "no stage 'trian': stages are prepare, rollout" in refused("--until", "trian")
     assert "stage export/adapter reads train, which is not done" in refused("--only", "export")
+    evaluates = ("job=evaluate", "evaluate.benchmarks=[builtin:smoke]", "--until", "train")
+    assert "job=evaluate has no stage train" in refused(*evaluates)
 
 
 def test_wrong_data(refused, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -119,8 +129,8 @@ def test_wrong_data(refused, tmp_path: Path) -> None:  # type: ignore[no-untyped
         assert message in refused(f"data.path={tmp_path}/p.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
     assert "empty.jsonl holds no problems" in refused(f"evaluate.benchmarks=[test,{tmp_path}/empty.jsonl]")
-    (tmp_path / "odd.jsonl").write_text(json.dumps({"problem": "?", "answer": "1", "answer_type": "set"}))
-    assert "row 0: answer_type is one of" in refused(f"evaluate.benchmarks=[{tmp_path}/odd.jsonl]")
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"problem": "?", "answer": "1", "answer_type": "proof"}))
+    assert "row 0: answer_type 'proof' is not supported" in refused(f"evaluate.benchmarks=[{tmp_path}/odd.jsonl]")
     assert "gone.parquet does not exist" in refused("evaluate.benchmarks=[test,gone.parquet]")
 
 
@@ -208,4 +218,4 @@ def test_an_untested_megatron_goes_on_only_when_asked(
     assert trd(*arguments, monkeypatch=monkeypatch, capsys=capsys)[0] == 0
     kept = json.loads((tmp_path / "run/problems/manifest.json").read_text())
     assert (kept["fingerprint"], kept["finished"]) == (allowed["fingerprint"], allowed["finished"])  # skipped: the flag is no setting
-    assert "allow" not in (tmp_path / "run/config.yaml").read_text()
+    assert "allow_untested" not in (tmp_path / "run/config.yaml").read_text()

@@ -19,6 +19,7 @@ METHODS = {  # RECIPE_FACTS: trajectory, divergence, clip, top-K, teacher prompt
 }
 
 
+EVALUATE = ["experiment=evaluate", "model.path=x", "evaluate.benchmarks=[x.jsonl]"]
 ATTACHED = ["experiment=smoke", "engine.kind=sglang", "engine.student.urls=['http://127.0.0.1:30000']"]
 
 
@@ -31,7 +32,7 @@ def refused(*overrides: str) -> str:
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_composes(experiment: str) -> None:
-    config = load([f"experiment={experiment}"])
+    config = load(EVALUATE if experiment == "evaluate" else [f"experiment={experiment}"])
     assert config.name == experiment
     assert config.run_dir == f"runs/{experiment}"
     assert from_dict(to_dict(config)) == config
@@ -57,6 +58,27 @@ def test_defaults_are_the_recipes() -> None:
     assert (configuration.RefineConfig().max_prompt_tokens, configuration.RefineConfig().max_reference_tokens) == (22528, 4096)
     evaluate = configuration.EvaluateConfig()
     assert (evaluate.samples, evaluate.top_k, evaluate.max_prompt_tokens, evaluate.max_response_tokens) == (16, -1, 4096, 38912)
+
+
+def test_the_task_chooses_budgets_and_quickstarts_problems() -> None:
+    budgets = {"math": (4096, 38912), "code": (2048, 16384)}  # RECIPE_FACTS
+    for task, expected in budgets.items():
+        config = load(["experiment=opsd_qwen3_8b", f"task={task}", *(["data=taco"] if task == "code" else [])])
+        assert (config.task, config.evaluate.max_prompt_tokens, config.evaluate.max_response_tokens) == (task, *expected)
+        assert (config.rollout.max_prompt_tokens, config.rollout.max_response_tokens) == (2048, 16384)
+    for order in (["experiment=quickstart", "task=code"], ["task=code", "experiment=quickstart"]):
+        code = load(order)
+        assert (code.data.source, code.data.train_problems, code.evaluate.max_response_tokens) == ("human_eval", 32, 256)
+    assert (load(["experiment=quickstart"]).data.source, load(["experiment=quickstart"]).rollout.max_response_tokens) == ("arithmetic", 64)
+    own = load(["experiment=quickstart", "task=code", "data=file", "data.path=x.jsonl"])
+    assert (own.data.source, own.rollout.max_response_tokens) == ("file", 256)
+    assert load(["experiment=opsd_qwen3_8b", "evaluate=code"]).evaluate.max_response_tokens == 16384
+
+
+def test_papers_benchmarks_are_kept_out_of_the_training_problems() -> None:
+    assert load(["experiment=opsd_qwen3_8b"]).data.exclude_benchmarks == ["aime24", "aime25", "hmmt25", "beyondaime", "amobench"]
+    code = load(["experiment=opsd_qwen3_8b", "task=code", "data=taco"])
+    assert code.data.exclude_benchmarks == ["humaneval_plus", "mbpp_plus", "livecodebench_v6"]
 
 
 def test_overrides_reach_their_key_and_keep_their_type() -> None:
@@ -136,12 +158,23 @@ def test_a_wrong_word_is_named_with_the_nearest_right_one(override: str, named: 
         (["experiment=smoke", "export.checkpoint=newest"], r"export\.checkpoint=newest"),
         (["experiment=smoke", "evaluate.benchmarks=[test,a/x.jsonl,b/x.jsonl]"], r"two benchmarks named 'x'"),
         (["experiment=smoke", "rounds=0"], r"rounds=0"),
-        (["experiment=smoke", "task=code"], r"evaluate\.benchmarks=\[\]"),
+        (["experiment=evaluate"], r"^model\.path is not set"),
+        ([*EVALUATE[:2]], r"^job=evaluate needs benchmarks: set evaluate\.benchmarks="),
+        ([*EVALUATE[:2], "evaluate.benchmarks=[test]"], r"'test', the held-out problems of a training run"),
+        ([*EVALUATE, "rounds=2"], r"^rounds=2: job=evaluate"),
+        ([*EVALUATE[:2], "evaluate.benchmarks=[aime42]"], r"no benchmark 'aime42': aime24, "),
+        (["experiment=smoke", "verify.code.memory_mb=0"], r"^verify\.code\.memory_mb=0"),
+        (["experiment=opd_qwen3_1_7b", "task=code"], r"^data\.source=deepscaler has math problems: .*one of file, taco, human_eval"),
+        (["experiment=quickstart", "data=taco"], r"^data\.source=taco has code problems: set task=code"),
+        (["experiment=smoke", "data.exclude_benchmarks=[aime]"], r"no benchmark 'aime': aime24"),
+        (["experiment=quickstart", "data.exclude_benchmarks=[aime24]"], r"set data\.exclude_benchmarks=\[\]"),
         (["experiment=smoke", "engine.launch=true"], r"engine\.kind=sglang"),
         ([*ATTACHED[:2]], r"engine\.student\.urls is empty"),
         ([*ATTACHED, "engine.launch=true"], r"engine\.student\.urls names servers"),
         ([*ATTACHED, "mode=opd", "teacher.path=builtin:tiny-qwen3-teacher"], r"engine\.teacher\.urls is empty"),
         ([*ATTACHED[:2], "engine.student.urls=[localhost:30000]"], r"'localhost:30000' is no URL"),
+        ([*ATTACHED[:2], "engine.student.urls=http://a:1"], r"engine\.student\.urls is a list: write engine\.student\.urls=\[http://a:1\]"),
+        ([*ATTACHED[:2], "engine.student.urls=['http://me:pw@a:1']"], r"names and passwords in a URL"),
         ([*ATTACHED[:2], "engine.student.urls=['http://a:1','http://a:1']"], r"names a server twice"),
         ([*ATTACHED, "engine.student.mem_fraction_static=1"], r"mem_fraction_static=1"),
         ([*ATTACHED, "engine.student.fp8=true"], r"engine\.student\.fp8=true needs engine\.device=cuda"),

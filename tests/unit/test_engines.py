@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from trd_megatron import pipeline
+from trd_megatron import pipeline, preflight
 from trd_megatron.config import load
 from trd_megatron.engine import server, sglang
 from trd_megatron.engine.base import Weights
 from trd_megatron.engine.engines import Engines, Role
+from trd_megatron.errors import UserError
 
 OPD = ("experiment=smoke", "engine=sglang_cpu", "mode=opd", "teacher.path=builtin:tiny-qwen3-teacher")
 FIRST, SECOND = Weights(Path("/m/0"), 0, "a" * 64), Weights(Path("/m/1"), 1, "b" * 64)
@@ -117,3 +118,11 @@ def test_training_alone_makes_servers_give_gpus_back(monkeypatch: pytest.MonkeyP
         "prepare", "rollout with engines", "refine with engines", "release", "train", "export/adapter", "export/hf",
         "evaluate/base with engines", "evaluate/student with engines", "report",
     ]  # fmt: skip
+
+
+def test_context_without_room_for_a_prompt_is_found_before_any_work() -> None:
+    preflight.check_inputs(load([*OPD]))
+    with pytest.raises(UserError, match=r"^refine\.max_response_tokens=24 leaves no room.*teacher servers' context of 26.*engine\.teacher"):
+        preflight.check_inputs(load([*OPD, "engine.teacher.context_length=26"]))
+    with pytest.raises(UserError, match=r"^rollout\.max_response_tokens=24 .*engine\.student\.context_length"):
+        preflight.check_inputs(load([*OPD, "engine.student.context_length=20"]))

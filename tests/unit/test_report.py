@@ -116,7 +116,9 @@ def make_run(path: Path, *, method: MethodConfig | None = None, graded: bool = T
             for sample, passed in enumerate(results)
         ]
         write_parquet(run_dir.eval / model / "test.parquet", rows, TRAJECTORY)
-        counts = {"test": {"samples": 4, "response_tokens": 22, "skipped_over_budget": 0}}
+        made = {"sampling": {"temperature": 0.6}, "engines": [{"name": "local", "torch": "2"}], "graders": [{"math": {"math-verify": "1"}}]}
+        made |= {"source": {"name": "test"}, "in_training": 0}
+        counts = {"test": {"samples": 4, "response_tokens": 22, "skipped_over_budget": 0, **made}}
         manifest(run_dir.eval / model, f"evaluate-{model}", counts, 2.0)
     return config, run_dir
 
@@ -169,10 +171,16 @@ def test_figures(tmp_path: Path) -> None:
 
     (line,) = figures["benchmarks"]
     assert (line["benchmark"], line["problems"], line["k"]) == ("test", 2, 2)
-    assert (line["base"]["avg_at_k"], line["method"]["avg_at_k"], line["avg_at_k_delta"]) == (25.0, 75.0, 50.0)
-    assert (line["base"]["pass_at_k"], line["method"]["pass_at_k"], line["pass_at_k_delta"]) == (50.0, 100.0, 50.0)
-    assert line["avg_at_k_interval"] is None  # both problems gained 50 points
-    assert line["pass_at_k_interval"] == pytest.approx(100 * 1.96 * 0.5**0.5 / 2**0.5)  # gains 0 and 100 points
+    assert (line["base"]["avg_at_k"], line["method"]["avg_at_k"], line["delta"]["avg_at_k"]) == (25.0, 75.0, 50.0)
+    assert (line["base"]["pass_at_k"], line["method"]["pass_at_k"], line["delta"]["pass_at_k"]) == (50.0, 100.0, 50.0)
+    assert line["delta"]["avg_at_k_interval"] is None  # both problems gained 50 points
+    assert line["delta"]["pass_at_k_interval"] == [0, 100]  # gains 0 and 100 points: a quarter of the resamples has twice the same
+    assert line["base"]["pass_curve"] == [25.0, 50.0]
+    assert [(b["base_passes"], b["problems"]) for b in line["buckets"]] == [("0", 1), ("1", 1), ("2", 0)]
+    assert line["buckets"][0]["delta"]["avg_at_k"] == 50.0
+    assert line["base"]["lengths"]["correct"]["mean"] == 5
+    assert line["base"]["lengths"]["incorrect"]["mean"] == pytest.approx(17 / 3)
+    assert line["made"]["student"]["graders"] == [{"math": {"math-verify": "1"}}]
     assert line["method"]["samples"]["mean_tokens"] == 5.5
 
     both = figures["trajectories"]
@@ -187,6 +195,7 @@ def test_figures(tmp_path: Path) -> None:
         "truncated_rate": pytest.approx(100 * 2 / 7),
         "aborted_rate": 0.0,
         "unparsable_rate": 0.0,
+        "error_rate": pytest.approx(100 / 7),
         "finish_reasons": {"length": 2, "stop": 5},
         "verdicts": {"error": 1, "fail": 3, "pass": 3},
     }

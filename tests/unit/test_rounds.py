@@ -11,7 +11,7 @@ from trd_megatron import pipeline
 from trd_megatron.config import Config, load
 from trd_megatron.engine.base import EngineFailedError, Generation, Request, Weights
 from trd_megatron.errors import UserError
-from trd_megatron.records import TRAJECTORY
+from trd_megatron.records import PROBLEM, TRAJECTORY
 from trd_megatron.run_dir import IN_ROUND, RunDir, read_shards
 from trd_megatron.stages import generate
 
@@ -75,6 +75,14 @@ def test_one_round_has_the_fingerprints_of_the_first_of_two(tmp_path: Path) -> N
     assert all(one[name] == two[f"0/{name}"] for name in ROUND)
     assert len({*two.values()}) == len(two)
     assert one["report"] != two["report"]
+
+
+def test_samples_of_weights_made_again_are_refused(tmp_path: Path) -> None:
+    first = Weights(tmp_path, 1, "a" * 64)
+    generate.claim(tmp_path, first)
+    generate.claim(tmp_path, first)
+    with pytest.raises(UserError, match=rf"^{tmp_path} holds samples of weights 1-a+, not of 1-b+: move it away"):
+        generate.claim(tmp_path, Weights(tmp_path, 1, "b" * 64))
 
 
 def test_settings_of_other_engines_change_nothing(tmp_path: Path) -> None:
@@ -200,7 +208,8 @@ def test_a_sample_of_other_weights_is_an_error(tmp_path: Path, monkeypatch: pyte
     engines = Engines(config, tmp_path / "servers", print)
     monkeypatch.setattr(engines, "open", lambda role, weights, journal: Engine())
     model = resolve_model(config.model.path)
-    tasks = [generate.Task({"problem_id": "p", "task": "math", "answer": "1"}, 0, "?", [65])]
+    problem = dict.fromkeys(PROBLEM.names) | {"problem_id": "p", "task": "math", "answer": "1"}
+    tasks = [generate.Task(problem, 0, "?", [65])]
     sampling = config.rollout
 
     def draw(version: int) -> dict[str, Any]:

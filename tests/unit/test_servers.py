@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -14,11 +15,13 @@ from typing import Any
 import psutil
 import pytest
 
-from trd_megatron.config import EngineConfig, ServersConfig
-from trd_megatron.engine import server, server_command, server_process
-from trd_megatron.engine.base import EngineFailedError, Weights
-from trd_megatron.engine.server import LaunchedServers
+from trd_megatron.config import EngineConfig, ServersConfig, load
+from trd_megatron.engine import serve, server, server_command, server_process, sglang
+from trd_megatron.engine.base import EngineFailedError, Weights, api_key
+from trd_megatron.engine.engines import Engines
+from trd_megatron.engine.server import LaunchedServers, start_all, stop_all
 from trd_megatron.errors import UserError
+from trd_megatron.run_dir import RunDir
 
 ROOT = Path(__file__).parents[2]
 FIRST, SECOND = "0-111111111111", "1-222222222222"
@@ -133,6 +136,32 @@ def test_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     python.chmod(0o755)
     monkeypatch.chdir(tmp_path)
     assert server_command.interpreter(EngineConfig()) == str(python)
+    with pytest.raises(UserError, match="has no SGLang"):  # of this Python: what is built for a CPU has no kernels for GPUs
+        server_command.interpreter(EngineConfig(device="cuda"))
+
+
+@pytest.mark.parametrize("key", ["k'y", "a b", "a\\b", "ü"])
+def test_key_that_a_log_would_spell_otherwise(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_API_KEY", key)
+    with pytest.raises(UserError, match=r"^SGLANG_API_KEY may hold"):
+        api_key()
+    monkeypatch.setenv("SGLANG_API_KEY", "")
+    assert api_key() is None
+
+
+def test_serve_wants_gpus_of_its_own_for_each_role(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    config = load(["experiment=opd_qwen3_1_7b", f"run_dir={tmp_path}"])
+    with pytest.raises(UserError, match=r"^--role both serves them side by side, but GPU 0 .*engine\.teacher.*one --role at a time"):
+        serve.serve(config, "both", "127.0.0.1", 31000)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(UserError, match=r"^engine\.device=cuda, but this machine has no usable GPU"):
+        serve.serve(config, "student", "127.0.0.1", 31000)
+
+
+def test_serve_leaves_the_folder_to_the_run(tmp_path: Path) -> None:
+    (tmp_path / "servers").mkdir()
+    RunDir(tmp_path, "smoke")
 
 
 class Scripted:
@@ -150,7 +179,7 @@ class Scripted:
     def servers(self, count: int = 1, **kwargs: Any) -> LaunchedServers:
         engine = EngineConfig(kind="sglang", launch=True, python=sys.executable, start_timeout_s=20)
         engine.student.data_parallel_size = count
-        made = LaunchedServers("student", weights(), engine, self.logs, self.said.append, **kwargs)
+        made = LaunchedServers("student", weights(), engine, kwargs.pop("logs", self.logs), self.said.append, **kwargs)
         self.made.append(made)
         return made
 
@@ -265,10 +294,63 @@ def test_first_start_fails_at_once_with_the_reason(scripted: Scripted) -> None:
     assert len(scripted.starts) == 1
 
 
-def test_wrong_flag_is_the_users(scripted: Scripted) -> None:
+def test_wrong_flag_is_the_users_or_the_versions(scripted: Scripted) -> None:
     scripted.script(die="sglang serve: error: unrecognized arguments: --no-such-flag", exit=2)
-    with pytest.raises(UserError, match=r"^engine\.student\.extra_args: .*--no-such-flag"):
+    with pytest.raises(UserError, match=r"^this SGLang does not know a flag of ours.*engine\.python.*--no-such-flag"):
         scripted.servers().start()
+    servers = scripted.servers()
+    servers._settings.extra_args.append("--no-such-flag=1")
+    with pytest.raises(UserError, match=r"^engine\.student\.extra_args: .*--no-such-flag"):
+        servers.start()
+
+
+def test_server_that_outlives_sigkill_is_an_error(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    servers, other = scripted.servers(), scripted.servers(logs=scripted.logs / "other")
+    start_all([servers, other])
+    ended = server.end_groups
+
+    def stuck(group: Any, term_s: float) -> None:
+        ended(group, term_s)
+        if group is servers._servers:
+            raise EngineFailedError("servers do not end")  # a process in the kernel's hands cannot be made here
+
+    monkeypatch.setattr(server, "end_groups", stuck)
+    with pytest.raises(EngineFailedError, match="do not end"):
+        stop_all([other, servers])
+    assert not alive(scripted.pids)
+    monkeypatch.undo()
+    servers._outlived = None  # for the fixture
+
+
+def test_what_serve_prints_is_the_run_of_the_same_results(scripted: Scripted) -> None:
+    words = ["experiment=smoke", "engine=sglang_cpu", "engine.dtype=bfloat16", "engine.student.extra_args=[--a,'{\"b\": 1}']"]
+    served = load(words)
+    run = load(["experiment=smoke", *shlex.split(serve._attaching(served, [scripted.servers()])), "engine.student.urls=['http://a:1']"])
+    assert run.engine.student.extra_args == served.engine.student.extra_args
+    assert (run.engine.kind, run.engine.launch, run.engine.device, run.engine.dtype) == ("sglang", False, "cpu", "bfloat16")
+
+
+def test_no_server_lives_while_the_learner_has_the_gpus(scripted: Scripted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "SGLangEngine", lambda *args, **kwargs: None)
+    config = load(["experiment=smoke", "engine=sglang_cpu", "engine.keep_servers=false", f"engine.python={sys.executable}"])
+    with Engines(config, scripted.logs, print) as engines:
+        engines.open("student", weights(), tmp_path / "journal")
+        (first,) = scripted.pids
+        assert alive([first])
+        engines.release()
+        assert not alive(scripted.pids)
+        engines.open("student", weights(1), tmp_path / "journal")
+        assert len(alive(scripted.pids)) == 1
+    assert not alive(scripted.pids)
+
+
+def test_one_process_writes_the_logs_of_a_role(scripted: Scripted) -> None:
+    first = scripted.servers()
+    first.start()
+    with pytest.raises(UserError, match=rf"^other student servers write their logs to {scripted.logs}: .*run_dir"):
+        scripted.servers().start()
+    first.stop()
+    scripted.servers().start()
 
 
 def test_ports_that_cannot_be_had(scripted: Scripted) -> None:

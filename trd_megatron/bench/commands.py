@@ -30,7 +30,7 @@ class _SpacedValues(typer.core.TyperCommand):
 app = typer.Typer(
     no_args_is_help=True, rich_markup_mode="rich",
     help="Measure this machine: the loss against other ways to compute it, the learner against a Hugging Face + PEFT loop, "
-    "SGLang against the embedded engine and plain generate, checkpoint conversion against cp.",
+    "SGLang against the embedded engine and plain generate, checkpoint conversion against cp, the graders.",
 )  # fmt: skip
 _SIZES = {"tokens": [256, 512, 1024, 2048], "lengths": [64], "concurrency": [32]}
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.", show_default="PyTorch's own choice")]
@@ -296,3 +296,46 @@ def bench_convert(
         fail(f"interrupted; figures of finished conversions are kept in {out}, the models are deleted", 130)
     output.print(convert_report.table(rows, settings.title))
     console.print(f"figures: {out / 'bench_convert.json'}", highlight=False)
+
+
+@app.command("grade")
+def bench_grade(
+    math: Annotated[int, typer.Option(min=0, help="Answers to grade.")] = 10_000,
+    code: Annotated[int, typer.Option(min=0, help="Programs to grade.")] = 1_000,
+    workers: Annotated[int, typer.Option(min=1, help="Grading processes.")] = 2,
+    allow_unsandboxed: Annotated[
+        bool, typer.Option("--allow-unsandboxed", help="Measure programs where there is no full sandbox.")
+    ] = False,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where bench_grade.json goes.")] = Path("runs/bench_grade"),
+) -> None:
+    """Answers and programs graded per second.
+
+    Items are made: answers of ten kinds with up to 40,000 characters of reasoning before them, and programs of one or two lines with one
+    test each. Half of them are wrong. The start of the workers does not count.
+
+    [bold]Examples[/bold]
+
+      trd bench grade
+
+      trd bench grade --math 0 --code 200 --workers 8
+    """
+    from rich.table import Table
+
+    from trd_megatron.bench import grade, record
+    from trd_megatron.run_dir import write_json
+    from trd_megatron.verify.grader import LIBRARIES
+
+    record.prepare(out, "cpu")
+    table = Table("graded", "items", "workers", "seconds", "items/s", "misjudged", "verdicts", title="Grading")
+    figures = {}
+    for name, count in (("math", math), ("code", code)):
+        if count:
+            console.print(f"{name}: {count} items", highlight=False)
+            found = grade.measure_math(count, workers) if name == "math" else grade.measure_code(count, workers, allow_unsandboxed)
+            verdicts = ", ".join(f"{verdict} {number}" for verdict, number in sorted(found["verdicts"].items()))
+            cells = (f"{found['seconds']:.1f}", f"{found['items_per_s']:.1f}", f"{found['misjudged']}", verdicts)
+            table.add_row(name, f"{count}", f"{workers}", *cells)
+            figures[name] = found
+            write_json(out / "bench_grade.json", {"versions": record.versions(LIBRARIES), "machine": record.machine("cpu")} | figures)
+    output.print(table)
+    console.print(f"figures: {out / 'bench_grade.json'}", highlight=False)

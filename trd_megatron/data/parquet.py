@@ -1,5 +1,6 @@
 """The user's own problems: a .parquet or .jsonl file with the columns problem and answer (code: tests instead of answer)."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trd_megatron.errors import UserError
-from trd_megatron.verify import ANSWER_TYPES
+from trd_megatron.verify import check_points, code_tests
 
 REQUIRED = ("problem", "answer")
 OPTIONAL = ("problem_id", "answer_type", "check_values", "reference_solution", "starter_code", "tests", "source", "split")
@@ -26,18 +27,18 @@ def locate(path: str) -> Path:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .parquet, .jsonl or .json (a list of objects) file. Raises UserError if it is damaged."""
+    """Rows of a .parquet, .jsonl(.gz) or .json (a list of objects) file. Raises UserError if it is damaged."""
     try:
         if path.suffix == ".parquet":
             return pq.read_table(path).to_pylist()
         if path.suffix == ".json":
             rows = json.loads(path.read_text(encoding="utf-8"))
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as file:
+        elif path.name.endswith((".jsonl", ".jsonl.gz")):
+            with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
                 rows = [json.loads(line) for line in file if line.strip()]
         else:
             raise UserError(f"{path}: must end in .parquet, .jsonl or .json")
-    except (pa.ArrowInvalid, OSError, ValueError) as error:
+    except (pa.ArrowInvalid, OSError, EOFError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: every entry must be an object with the columns {', '.join(REQUIRED)}")
@@ -59,9 +60,18 @@ def load(path: Path) -> list[dict[str, Any]]:
         answer = row.get("answer")
         if row.get("tests") is None and (answer is None or not str(answer).strip()):
             raise UserError(f"{path}: row {number} has no answer ({row['problem'][:40]!r})")
+        if row.get("tests") is not None:
+            try:
+                row["tests"] = json.dumps(code_tests.parse(row["tests"]))
+            except ValueError as error:
+                raise UserError(f"{path}: row {number}: tests {error}") from None
+        if isinstance(row.get("check_values"), list):
+            row["check_values"] = json.dumps(row["check_values"])
         problem: dict[str, Any] = {name: None if row.get(name) is None else str(row[name]) for name in OPTIONAL}
-        if problem["answer_type"] not in (None, *ANSWER_TYPES) or problem["check_values"] is not None:
-            raise UserError(f"{path}: row {number}: answer_type is one of {', '.join(ANSWER_TYPES)}, and check_values is not supported yet")
+        try:
+            check_points(problem["answer_type"], problem["check_values"])
+        except ValueError as error:
+            raise UserError(f"{path}: row {number}: {error}") from None
         problem |= {"problem": row["problem"], "answer": None if answer is None else str(answer)}
         problem["problem_id"] = problem["problem_id"] or f"{path.stem}-{number}"
         problem["source"] = problem["source"] or path.name

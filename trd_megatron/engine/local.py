@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -84,7 +85,7 @@ class LocalEngine:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("engine.device=cuda, but torch sees no GPU here; set engine.device=cpu")
-        self.facts: dict[str, Any] = {}
+        self.facts: dict[str, Any] = {"transformers": transformers.__version__, "torch": torch.__version__}
         self.batch_size = batch_size
         self.weight_version = weight_version
         self.device = torch.device(device)

@@ -1,6 +1,7 @@
 """`trd serve`: the SGLang servers of a configuration in the foreground, for runs that attach to them."""
 
 import ipaddress
+import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -93,7 +94,7 @@ def _attaching(config: Config, groups: Sequence[LaunchedServers]) -> str:
         if servers.fp8:
             words.append(f"{key}.fp8=true")
         if servers.extra_args:
-            quoted = ",".join(f'"{word}"' for word in servers.extra_args)
+            quoted = ",".join(json.dumps(word) for word in servers.extra_args)
             words.append(shlex.quote(f"{key}.extra_args=[{quoted}]"))
     return " ".join(words)
 

@@ -1,11 +1,13 @@
 """Starts SGLang servers, watches them, starts those again that end, stops them."""
 
 import contextlib
+import fcntl
 import json
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 from trd_megatron.config import EngineConfig, ServersConfig
 from trd_megatron.engine import server_command
@@ -54,6 +56,7 @@ class LaunchedServers:
         self._servers: list[Server] = []
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self._lock: IO[str] | None = None  # on the logs of the role
         self._outlived: EngineFailedError | None = None
         self._began = False  # all have been healthy once; from then on a death is not the caller's mistake
         self._python = ""
@@ -85,6 +88,9 @@ class LaunchedServers:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
         if self._outlived is not None:
             raise self._outlived
 
@@ -99,11 +105,12 @@ class LaunchedServers:
         self._python = server_command.interpreter(self._engine)
         for index in range(self._settings.data_parallel_size):
             self._gpus(index)  # fails here if there are too few
-        self.logs.mkdir(parents=True, exist_ok=True)
         ports = self._ports or [0] * self._settings.data_parallel_size
         with contextlib.ExitStack() as on_error:
+            lock = on_error.enter_context(_locked(self.logs, self.role))
             kept = [on_error.enter_context(reserve_port(self._host, port)) for port in ports]
             on_error.pop_all()
+        self._lock = lock
         self._servers = [Server(i, self._host, port, self.logs / f"{self.role}-{i}.log") for i, port in enumerate(kept)]
         self._stopping.clear()
         self._began, self.failed, self._outlived = False, None, None
@@ -208,6 +215,21 @@ class LaunchedServers:
             write_json(path, rows)
 
 
+def _locked(logs: Path, role: str) -> IO[str]:
+    """Takes the logs of a role for this process, until the file is closed. Raises UserError if others' servers write there."""
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        file = (logs / f".{role}.lock").open("w")
+    except OSError as error:
+        raise UserError(f"{logs} cannot be written ({error.strerror}): choose another run_dir=PATH") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"other {role} servers write their logs to {logs}: stop them, or choose another run_dir=PATH") from None
+    return file
+
+
 def start_all(groups: Sequence[LaunchedServers]) -> None:
     """Starts the servers of several roles side by side and waits until all are healthy; if that fails, none is left running."""
     total = sum(getattr(group._engine, group.role).data_parallel_size for group in groups)
@@ -233,7 +255,7 @@ def start_all(groups: Sequence[LaunchedServers]) -> None:
 def stop_all(groups: Sequence[LaunchedServers]) -> None:
     """Stops the servers of several roles, all of them whatever happens to one. Raises EngineFailedError as `stop` does."""
     with contextlib.ExitStack() as stack:
-        for group in groups:
+        for group in reversed(groups):
             stack.callback(group.stop)
 
 

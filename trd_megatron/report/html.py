@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -51,6 +51,11 @@ def signed(value: float | None, digits: int = 1) -> str:
         return DASH
     text = f"{value:+,.{digits}f}"
     return text[1:] if float(text.replace(",", "")) == 0 else text.replace("-", "−")
+
+
+def interval(bounds: Sequence[float] | None) -> str:
+    """[38.2, 40.1]; nothing for None."""
+    return "" if bounds is None else f"[{number(bounds[0], 1)}, {number(bounds[1], 1)}]"
 
 
 def significant(value: float) -> str:
@@ -110,7 +115,7 @@ def render(figures: Mapping[str, Any], plots: Mapping[str, str]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (cut, number, share, signed, significant, duration, minute, setting, direction)
+    filters = (cut, number, share, signed, interval, significant, duration, minute, setting, direction)
     environment.filters.update({function.__name__: function for function in filters})
     inline, rules = _styles_to_classes(plots)
     style = "\n" + resources.files("trd_megatron.report").joinpath("style.css").read_text(encoding="utf-8") + rules

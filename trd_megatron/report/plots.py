@@ -175,6 +175,46 @@ def lengths(initial: Sequence[int], refined: Sequence[int] | None) -> str:
     return _svg("Response lengths", draw)
 
 
+def pass_curve(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """Pass@k over k with its intervals. models: what each is called -> its figures (evaluate.figures.of_model)."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for (name, of), colour in zip(models.items(), (FIRST, SECOND), strict=False):
+            ks = list(range(1, of["k"] + 1))
+            _line(axes, ks, of["pass_curve"], colour, label=name)
+            if all(of["pass_curve_intervals"]):
+                low, high = zip(*of["pass_curve_intervals"], strict=True)
+                axes.fill_between(ks, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.set_xlabel("k")
+        axes.set_ylabel("Pass@k, %")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _legend(axes)
+
+    return _svg("Pass@k", draw)
+
+
+def success_lengths(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Histograms of response lengths of correct and of incorrect samples, one below the other. models: what each is called -> its rows."""
+    tokens = [row["response_tokens"] for rows in models.values() for row in rows]
+    low, high = min(tokens), max(tokens)
+    span, bins = (low - 0.5, high + 0.5), min(BINS, high - low + 1)
+
+    def draw(figure: Figure) -> None:
+        for axes, (name, rows) in zip(figure.subplots(len(models), squeeze=False, sharex=True)[:, 0], models.items(), strict=True):
+            wrong = [row["response_tokens"] for row in rows if row["passed"] is not True]
+            right = [row["response_tokens"] for row in rows if row["passed"] is True]
+            axes.hist(wrong, bins=bins, range=span, histtype="stepfilled", color=SECOND, alpha=0.45, label="incorrect")
+            axes.hist(right, bins=bins, range=span, histtype="step", color=FIRST, linewidth=1.6, label="correct")
+            axes.set_ylabel(f"samples, {name}")
+            axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            _legend(axes)
+        axes.set_xlabel("response tokens")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+    return _svg("Lengths of correct and incorrect samples", draw, HEIGHT * (1 if len(models) == 1 else 1.6))
+
+
 def joint_outcomes(counts: Mapping[str, int]) -> str:
     """Bars of y_o → y_r outcomes with counts and shares. counts: as in tables.trajectories."""
     total = sum(counts.values())

@@ -4,13 +4,12 @@ A row is a trajectory without its texts: problem_id, sample_index, finish_reason
 response_tokens. Rates are in percent, differences in percentage points, lengths in tokens.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any
 
-from trd_megatron.evaluate import avg_at_k, pass_at_k
+from trd_megatron.evaluate import figures
 
 Row = Mapping[str, Any]
 Key = tuple[str, int]
@@ -45,6 +44,7 @@ def describe(rows: Sequence[Row]) -> dict[str, Any]:
         "truncated_rate": percent(sum(row["finish_reason"] == "length" for row in rows), len(rows)),
         "aborted_rate": percent(sum(row["finish_reason"] == "abort" for row in rows), len(rows)),
         "unparsable_rate": percent(sum(row["verdict"] == "no_answer" for row in rows), len(rows)),
+        "error_rate": percent(sum(row["verdict"] == "error" for row in rows), len(rows)),
         "finish_reasons": _counted(row["finish_reason"] for row in rows),
         "verdicts": _counted(row["verdict"] or NOT_GRADED for row in rows),
     }
@@ -55,43 +55,19 @@ def _counted(values: Iterable[str]) -> dict[str, int]:
     return dict(sorted(Counter(values).items()))
 
 
-def benchmark(name: str, base: Sequence[Row], method: Sequence[Row]) -> dict[str, Any]:
-    """One line of the Base / method table, k = samples per problem. A row that was not graded counts as not passed.
+def benchmark(name: str, base: Sequence[Row], method: Sequence[Row] | None) -> dict[str, Any]:
+    """One line of the Base / method table, k = samples per problem, and the figures behind it. method None: only the base was evaluated.
 
-    Deltas are method - base in points; interval is the half width of their 95 % confidence interval, the normal
-    approximation over problems, each paired with itself (None where the problems show no spread).
     Raises ValueError unless both hold the same samples and every problem has as many.
     """
-    if not base or sorted(map(key, base)) != sorted(map(key, method)):
-        raise ValueError(f"benchmark {name}: base and method need the same samples, and at least one")
-    (base_outcomes, *base_each), (method_outcomes, *method_each) = _scores(base), _scores(method)
-    line: dict[str, Any] = {"benchmark": name, "problems": len(base_outcomes), "k": len(base_outcomes[0])}
-    for label, rows, outcomes, each in (
-        ("base", base, base_outcomes, base_each),
-        ("method", method, method_outcomes, method_each),
-    ):
-        line[label] = {"avg_at_k": 100 * avg_at_k(outcomes), "pass_at_k": 100 * mean(each[1]), "samples": describe(rows)}
-    for metric, before, after in zip(("avg_at_k", "pass_at_k"), base_each, method_each, strict=True):
-        line[f"{metric}_delta"] = line["method"][metric] - line["base"][metric]
-        line[f"{metric}_interval"] = _half_width([b - a for a, b in zip(before, after, strict=True)])
+    ours = figures.Samples.of(base)
+    line: dict[str, Any] = {"benchmark": name, "problems": len(ours.problem_ids), "k": ours.n}
+    line["base"] = figures.of_model(ours) | {"samples": describe(base)}
+    if method is not None:
+        theirs = figures.Samples.of(method)
+        line["method"] = figures.of_model(theirs) | {"samples": describe(method)}
+        line |= figures.comparison(ours, theirs)
     return line
-
-
-def _scores(rows: Sequence[Row]) -> tuple[list[list[bool]], list[float], list[float]]:
-    """(outcomes, Avg@k, Pass@k) of each problem, the problems sorted by id."""
-    by_problem: dict[str, list[bool]] = {}
-    for row in sorted(rows, key=key):
-        by_problem.setdefault(row["problem_id"], []).append(row["passed"] is True)
-    outcomes = list(by_problem.values())
-    if len({len(results) for results in outcomes}) != 1:
-        raise ValueError("every problem of a benchmark needs the same number of samples")
-    return outcomes, [avg_at_k([o]) for o in outcomes], [pass_at_k(len(o), sum(o), len(o)) for o in outcomes]
-
-
-def _half_width(differences: Sequence[float]) -> float | None:
-    """1.96 standard errors of the mean, in points."""
-    spread = stdev(differences) if len(differences) > 1 else 0.0
-    return 100 * 1.96 * spread / math.sqrt(len(differences)) if spread else None
 
 
 def kl_change(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,16 +98,16 @@ def outcome(before: bool | None, after: bool | None) -> str:
 
 def trajectories(rollouts: Sequence[Row], refined: Sequence[Row] | None) -> dict[str, Any]:
     """y_o and y_r, and how each pair came out. refined None: the method trains on y_o. Raises KeyError on a y_r without y_o."""
-    figures: dict[str, Any] = {"rollouts": describe(rollouts)}
+    found: dict[str, Any] = {"rollouts": describe(rollouts)}
     if refined is not None:
         by_key = {key(row): row for row in rollouts}
         pairs = [(by_key[key(row)], row) for row in refined]
         joint = Counter(outcome(before["passed"], after["passed"]) for before, after in pairs)
-        figures["refined"] = describe(refined)
-        figures["not_refined"] = len(rollouts) - len(refined)
-        figures["rollout_pass_rate_of_the_refined"] = describe([before for before, _ in pairs])["pass_rate"]
-        figures["joint_outcomes"] = {name: joint[name] for name in OUTCOMES}
-    return figures
+        found["refined"] = describe(refined)
+        found["not_refined"] = len(rollouts) - len(refined)
+        found["rollout_pass_rate_of_the_refined"] = describe([before for before, _ in pairs])["pass_rate"]
+        found["joint_outcomes"] = {name: joint[name] for name in OUTCOMES}
+    return found
 
 
 def pick_samples(rollouts: Sequence[Row], refined: Sequence[Row] | None, limit: int) -> list[tuple[Key, str]]:

@@ -17,8 +17,9 @@ from trd_megatron.engine.base import EngineFailedError, Generation, Request, Sam
 from trd_megatron.engine.engines import Engines, Role
 from trd_megatron.errors import UserError
 from trd_megatron.progress import bar
-from trd_megatron.run_dir import atomic_write, digest, read_columns, shard_path, write_parquet
-from trd_megatron.verify import MathVerifier, Verdict
+from trd_megatron.run_dir import atomic_write, digest, origins, read_columns, shard_path, with_origins, write_parquet
+from trd_megatron.verify import Verdict
+from trd_megatron.verify.grader import Grader, kind
 
 WEIGHTS = ".weights"  # in a stage's folder: the label of those it draws from
 JOURNAL = ".finished"  # in a stage's folder: samples that an engine has finished, of shards that it has not
@@ -86,16 +87,14 @@ def generate(
     version, chat = author.weights.version, author.chat
     shards = [tasks[start : start + shard_size] for start in range(0, len(tasks), shard_size)]
     pending = [index for index in range(len(shards)) if not shard_path(folder, index).exists()]
-    facts: dict[str, Any] = {}
     if pending:
         params = SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_response_tokens)
         requests = [[Request(task.prompt_ids, sample_seed(config.seed, stage, *task.key)) for task in shards[index]] for index in pending]
         with (
             closing(engines.open(author.role, author.weights, folder / JOURNAL)) as engine,
-            MathVerifier(config.verify.workers, config.verify.timeout_s) as verifier,
+            Grader(config.verify) as grader,
             bar(stage, len(tasks), "samples", start=len(tasks) - sum(map(len, requests))) as progress,
         ):
-            facts = engine.facts
             for position, generations in engine.generate(requests, params, progress.tokens):
                 shard = shards[pending[position]]
                 for generation in generations:
@@ -104,18 +103,20 @@ def generate(
                             f"{stage}: a sample was drawn from weights {generation.weight_version}, not {version}; it is not kept"
                         )
                 texts = [chat.decode(list(generation.token_ids)) for generation in generations]
-                verdicts = _grade(verifier, shard, generations, texts)
+                verdicts = _grade(grader, shard, generations, texts)
                 rows = [
                     _row(chat, task, request.seed, generation, text, verdict) | {"model": author.name, "engine": engine.name}
                     for task, request, generation, text, verdict in zip(
                         shard, requests[position], generations, texts, verdicts, strict=True
                     )
                 ]
-                write_parquet(shard_path(folder, pending[position]), rows, schema)
+                graders = grader.facts({which for task in shard if (which := kind(task.problem)) is not None})
+                made_by = {"engines": [{"name": engine.name, **engine.facts}], "graders": [graders]}
+                write_parquet(shard_path(folder, pending[position]), rows, with_origins(schema, made_by))
                 progress.advance(len(rows))
     (folder / JOURNAL).unlink(missing_ok=True)  # every shard holds its samples now
     table = pa.concat_tables([_checked(folder, index, shard, schema, version) for index, shard in enumerate(shards)])
-    return counts(table) | ({"engine": facts} if facts else {})
+    return counts(table) | origins([shard_path(folder, index) for index in range(len(shards))])
 
 
 def claim(folder: Path, weights: Weights) -> None:
@@ -129,14 +130,10 @@ def claim(folder: Path, weights: Weights) -> None:
         raise UserError(f"{folder} holds samples of weights {found}, not of {weights.label}: move it away and run again")
 
 
-def _grade(verifier: MathVerifier, shard: list[Task], generations: list[Generation], texts: list[str]) -> list[Verdict | None]:
-    """A verdict for each sample of a mathematical problem; aborted ones and other tasks are not graded."""
-    graded = [
-        index
-        for index, (task, generation) in enumerate(zip(shard, generations, strict=True))
-        if task.problem["task"] == "math" and generation.finish_reason != "abort"
-    ]
-    found = verifier.verify_many([(texts[index], shard[index].problem["answer"]) for index in graded])
+def _grade(grader: Grader, shard: list[Task], generations: list[Generation], texts: list[str]) -> list[Verdict | None]:
+    """A verdict for each sample; aborted ones, and those of problems without answer and tests, are not graded."""
+    graded = [index for index, generation in enumerate(generations) if generation.finish_reason != "abort"]
+    found = grader.grade([(shard[index].problem, texts[index]) for index in graded])
     by_index = dict(zip(graded, found, strict=True))
     return [by_index.get(index) for index in range(len(shard))]
 
@@ -199,7 +196,7 @@ def counts(table: pa.Table) -> dict[str, Any]:
     """Figures of a set of trajectories (graded_columns) for its manifest.
 
     Shares of all samples, between 0 and 1: truncated (the response budget ended it), aborted (no server gave an answer),
-    unparsable (graded, but no answer was found in it).
+    unparsable (graded, but no answer was found in it), error (its grading failed: neither right nor wrong).
     """
     samples, tokens = table.num_rows, pc.sum(table["response_tokens"]).as_py() or 0
     finish_reasons = Counter(table["finish_reason"].to_pylist())
@@ -214,4 +211,5 @@ def counts(table: pa.Table) -> dict[str, Any]:
         "truncated_share": finish_reasons["length"] / max(samples, 1),
         "aborted_share": finish_reasons["abort"] / max(samples, 1),
         "unparsable_share": verdicts["no_answer"] / max(samples, 1),
+        "error_share": verdicts["error"] / max(samples, 1),
     }

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 
 from trd_megatron.config import Config, get, leaves
 from trd_megatron.errors import UserError
+from trd_megatron.evaluate import benchmarks
+from trd_megatron.evaluate.metrics import RESAMPLES
 from trd_megatron.report import html, plots, tables
 from trd_megatron.run_dir import Manifest, RunDir, atomic_write, write_json
-from trd_megatron.stages.evaluate import benchmark_name
 
 SAMPLES_SHOWN = 6
 GRADED = ("problem_id", "sample_index", "finish_reason", "passed", "verdict")
@@ -24,36 +25,63 @@ TEXTS = ("problem_id", "sample_index", "response", "extracted_answer")
 
 def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
     """run_dir: the view of the last round. Raises UserError if an output of an earlier stage is missing or damaged."""
+    views = [run_dir.in_round(number, config.rounds) for number in range(config.rounds)]
+    distils = config.job == "distill"
+    scores = [
+        [_benchmark(views[0], view if distils else None, benchmarks.name(name)) for name in config.evaluate.benchmarks] for view in views
+    ]
+    stages = _stages(views, config)
+    done = {label: dataclasses.asdict(manifest) for label, (_, manifest) in stages.items() if manifest is not None}
+    drawn = {}
+    for line, rows in scores[-1]:
+        models = {"base": line["base"]} | ({"student": line["method"]} if distils else {})
+        drawn[f"pass_curve/{line['benchmark']}"] = plots.pass_curve(models)
+        drawn[f"success_lengths/{line['benchmark']}"] = plots.success_lengths(dict(zip(models, rows, strict=True)))
+    lines = [[line for line, _ in of_round] for of_round in scores]
+    figures = {
+        "experiment": config.name,
+        "job": config.job,
+        "student": config.model.path,
+        "seed": config.seed,
+        "benchmarks": lines[-1],
+        "resamples": RESAMPLES,
+        "stages": [tables.stage(name, done.get(label)) | {"stage": label} for label, (name, _) in stages.items()],
+        "versions": tables.library_versions(done),
+        "settings": {name: get(config, name) for name, _ in leaves()},
+    }
+    samples: list[dict[str, Any]] = []
+    if distils:
+        trained, plotted, samples = _training(config, run_dir, views, lines)
+        figures, drawn = figures | trained, drawn | plotted
+    page = html.render(figures | {"samples": samples, "help": _help()}, drawn)
+    write_json(run_dir.path / "report.json", figures)
+    with atomic_write(run_dir.path / "report.html") as file:
+        file.write(page)
+    return {"samples_shown": len(samples), "html_bytes": len(page.encode())}
+
+
+def _training(
+    config: Config, run_dir: RunDir, views: Sequence[RunDir], lines: Sequence[Sequence[dict[str, Any]]]
+) -> tuple[dict[str, Any], dict[str, str], list[dict[str, Any]]]:
+    """(figures, plots, samples) of the last round's trajectories and training, and the comparison of rounds."""
     refines = config.method.trajectory == "refined"
     rollouts = _rows(_shards(run_dir.rollouts))
     refined = _rows(_shards(run_dir.refined)) if refines else None
     summary = json.loads(_text(run_dir.train / "summary.json"))
     metrics = [json.loads(line) for line in _text(run_dir.train / "metrics.jsonl").splitlines()]
-    views = [run_dir.in_round(number, config.rounds) for number in range(config.rounds)]
-    benchmarks = [[_benchmark(views[0], view, benchmark_name(name)) for name in config.evaluate.benchmarks] for view in views]
-    stages = _stages(views, refines)
-    done = {label: dataclasses.asdict(manifest) for label, (_, manifest) in stages.items() if manifest is not None}
     exported = Manifest.read(run_dir.hf)
-    picked = tables.pick_samples(rollouts, refined, SAMPLES_SHOWN)
     figures = {
-        "experiment": config.name,
         "method": config.method.name,
         "trajectory": config.method.trajectory,
         "mode": config.mode,
-        "student": config.model.path,
         "teacher": config.teacher.path,
-        "seed": config.seed,
-        "benchmarks": benchmarks[-1],
         "kl_fixed_batch": tables.kl_change(summary),
         "training": summary,
         "exported_step": None if exported is None else exported.counts["step"],
         "trajectories": tables.trajectories(rollouts, refined),
-        "stages": [tables.stage(name, done.get(label)) | {"stage": label} for label, (name, _) in stages.items()],
-        "versions": tables.library_versions(done),
-        "settings": {name: get(config, name) for name, _ in leaves()},
     }
     if len(views) > 1:
-        figures["rounds"] = [_round(view, refines, scores) for view, scores in zip(views, benchmarks, strict=True)]
+        figures["rounds"] = [_round(view, refines, scores) for view, scores in zip(views, lines, strict=True)]
     drawn = {
         "kl": plots.kl(metrics),
         "held_out": plots.held_out(summary["kl_fixed_batch_before"], metrics),
@@ -63,20 +91,19 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
     }
     if refined:
         drawn["joint_outcomes"] = plots.joint_outcomes(figures["trajectories"]["joint_outcomes"])
-    page = html.render(figures | {"samples": _samples(run_dir, picked, rollouts, refined), "help": _help()}, drawn)
-    write_json(run_dir.path / "report.json", figures)
-    with atomic_write(run_dir.path / "report.html") as file:
-        file.write(page)
-    return {"samples_shown": len(picked), "html_bytes": len(page.encode())}
+    picked = tables.pick_samples(rollouts, refined, SAMPLES_SHOWN)
+    return figures, drawn, _samples(run_dir, picked, rollouts, refined)
 
 
-def _stages(views: Sequence[RunDir], refines: bool) -> dict[str, tuple[str, Manifest | None]]:
+def _stages(views: Sequence[RunDir], config: Config) -> dict[str, tuple[str, Manifest | None]]:
     """What a stage is called (with several rounds 1/rollout) -> the stage and its manifest, of all left of this one."""
+    if config.job == "evaluate":
+        return {"evaluate/base": ("evaluate/base", Manifest.read(views[0].eval / "base"))}
     found = {"prepare": ("prepare", Manifest.read(views[0].problems))}
     for view in views:
         folders = {"rollout": view.rollouts, "refine": view.refined, "train": view.train, "export": view.hf}
         folders |= {"evaluate/base": view.eval / "base", "evaluate/student": view.eval / "student"}
-        if not refines:
+        if config.method.trajectory != "refined":
             del folders["refine"]
         if view.round:
             del folders["evaluate/base"]
@@ -85,19 +112,29 @@ def _stages(views: Sequence[RunDir], refines: bool) -> dict[str, tuple[str, Mani
     return found
 
 
-def _benchmark(first: RunDir, view: RunDir, name: str) -> dict[str, Any]:
-    """The base of round 0 and the student of a round."""
-    base, student = (_rows([folder / f"{name}.parquet"]) for folder in (first.eval / "base", view.eval / "student"))
+def _benchmark(first: RunDir, view: RunDir | None, name: str) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
+    """(figures, rows) of the base of round 0 and, where it is given, of the student of a round."""
+    folders = {"base": first.eval / "base"} | ({} if view is None else {"student": view.eval / "student"})
+    rows = [_rows([folder / f"{name}.parquet"]) for folder in folders.values()]
     try:
-        return tables.benchmark(name, base, student)
+        line = tables.benchmark(name, rows[0], rows[1] if view else None)
     except ValueError as error:
-        raise UserError(f"{view.eval}: {error}; move it away and run again") from None
+        raise UserError(f"{(view or first).eval}: {error}; move it away and run again") from None
+    manifests = {model: Manifest.read(folder) for model, folder in folders.items()}
+    line["made"] = {
+        model: {key: manifest.counts[name][key] for key in ("source", "sampling", "engines", "graders")}
+        for model, manifest in manifests.items()
+        if manifest is not None and name in manifest.counts
+    }
+    base = manifests["base"]
+    line["in_training"] = base.counts[name]["in_training"] if base is not None and name in base.counts else None
+    return line, rows
 
 
-def _round(view: RunDir, refines: bool, benchmarks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _round(view: RunDir, refines: bool, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One line of the table of rounds."""
     rollouts, refined = _rows(_shards(view.rollouts)), _rows(_shards(view.refined)) if refines else None
-    return tables.one_round(view.round, rollouts, refined, json.loads(_text(view.train / "summary.json")), benchmarks)
+    return tables.one_round(view.round, rollouts, refined, json.loads(_text(view.train / "summary.json")), lines)
 
 
 def _text(path: Path) -> str:

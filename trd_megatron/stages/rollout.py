@@ -14,11 +14,16 @@ from trd_megatron.stages import prepare
 from trd_megatron.stages.generate import Author, Task, claim, generate, packed, seed_name
 
 
-def student_tasks(chat: Chat, problems: list[dict[str, Any]], samples: int, budget: int, key: str) -> tuple[list[Task], int]:
-    """(tasks, problems skipped because their prompt is over `budget` tokens). Raises UserError naming `key` if none is left."""
+def student_tasks(
+    chat: Chat, problems: list[dict[str, Any]], samples: int, budget: int, key: str, plain: bool = False
+) -> tuple[list[Task], int]:
+    """(tasks, problems skipped because their prompt is over `budget` tokens). plain: a problem's text is the whole prompt.
+
+    Raises UserError naming `key` if no problem is left.
+    """
     tasks, skipped = [], 0
     for problem in problems:
-        prompt = student_prompt(problem["task"], problem["problem"], problem["starter_code"])
+        prompt = problem["problem"] if plain else student_prompt(problem["task"], problem["problem"], problem["starter_code"])
         ids = packed(chat.prompt_ids(prompt))
         if len(ids) > budget:
             skipped += 1

@@ -1,7 +1,8 @@
-r"""Math verification: finds the last \boxed{} of a response and lets math-verify compare it with the reference answer.
+r"""Math verification: finds the last \boxed{} of a response and compares it with the reference answer.
 
-Model output is hostile: an answer such as 9^{9^{9^9}} can keep sympy busy for ever or eat the memory. So math-verify runs in
-child processes (math_worker.py) with an address-space limit, which are killed when an item passes its wall-clock limit.
+What takes no algebra is decided here (math_text.py), the rest by math-verify. Model output is hostile: an answer such as 9^{9^{9^9}}
+can keep sympy busy for ever or eat the memory. So math-verify runs in child processes (math_worker.py) with an address-space limit,
+which are killed when an item passes its wall-clock limit. docs/verification.md says what counts as correct.
 """
 
 import atexit
@@ -20,10 +21,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from trd_megatron.verify.math_text import AMO_DECIMALS, EXACT_DECIMALS, normalise, quick_verdict
+from trd_megatron.verify.math_types import check_points
 from trd_megatron.verify.verdict import Verdict
 
 MAX_ANSWER_CHARS = 2_000  # a longer "answer" is a derivation; also keeps every request below the size of a pipe's buffer
-ANSWER_TYPES = ("number", "integer", "latex")  # all graded alike
+MAX_REPLY_BYTES = 65_536
 START_LIMIT_S = 120.0  # sympy is imported within a second on an idle machine
 WORKER_SCRIPT = Path(__file__).with_name("math_worker.py")
 # What a worker may see of the environment: enough to find Python's packages, no secrets.
@@ -55,36 +58,29 @@ def extract_boxed(text: str) -> str | None:
     return None if last is None else text[last[0] : last[1]].strip()
 
 
-def _prepare(response: str, answer: str, answer_type: str | None = None, check_values: Any = None) -> Verdict | tuple[str, str]:
-    """The verdict, where no arithmetic is needed to know it; otherwise (gold, answer) for a worker."""
-    if answer_type is not None and answer_type not in ANSWER_TYPES:
-        raise ValueError(f"answer_type {answer_type!r} is not supported; known: {', '.join(ANSWER_TYPES)}")
-    if check_values is not None:
-        raise ValueError(f"check_values is not supported with answer_type {answer_type!r}")
+def _prepare(response: str, answer: str, answer_type: str | None = None, check_values: str | None = None) -> Verdict | dict[str, Any]:
+    """The verdict, where no algebra is needed to know it; otherwise the request for a worker."""
+    points = check_points(answer_type, check_values)
     extracted = extract_boxed(response)
     if extracted is None:
         return Verdict.of("no_answer", None, r"no closed \boxed{}")
     if not extracted:
         return Verdict.of("no_answer", None, r"the last \boxed{} is empty")
-    gold = _strip_dollars(extract_boxed(answer) or answer)
-    if not gold:
-        return Verdict.of("error", extracted[:MAX_ANSWER_CHARS], "the reference answer is empty")
+    gold = extract_boxed(answer) or answer.strip()
     if len(gold) > MAX_ANSWER_CHARS:
         detail = f"the reference answer has {len(gold):,} characters, the limit is {MAX_ANSWER_CHARS:,}"
         return Verdict.of("error", extracted[:MAX_ANSWER_CHARS], detail)
+    if not (gold := normalise(gold)):
+        return Verdict.of("error", extracted[:MAX_ANSWER_CHARS], "the reference answer is empty")
     if len(extracted) > MAX_ANSWER_CHARS:
         detail = f"the answer has {len(extracted):,} characters and was cut and failed unread, the limit is {MAX_ANSWER_CHARS:,}"
         return Verdict.of("fail", extracted[:MAX_ANSWER_CHARS], detail)
-    return gold, extracted
-
-
-def _strip_dollars(text: str) -> str:
-    """The text without surrounding white space and the dollar signs of LaTeX's math mode."""
-    text = text.strip()
-    for mark in ("$$", "$"):
-        if len(text) > 2 * len(mark) and text.startswith(mark) and text.endswith(mark):
-            return text[len(mark) : -len(mark)].strip()
-    return text
+    decimals = AMO_DECIMALS if answer_type in ("number", "set") else EXACT_DECIMALS
+    decided = quick_verdict(gold, normalise(extracted), decimals)
+    if isinstance(decided, bool):
+        return Verdict.of("pass" if decided else "fail", extracted)
+    gold, given = decided
+    return {"gold": gold, "answer": given, "answer_type": answer_type, "points": points, "decimals": decimals, "extracted": extracted}
 
 
 class _Worker:
@@ -99,10 +95,10 @@ class _Worker:
         self.deadline = 0.0  # on time.monotonic(); of the start while not ready, then of the item
         self.received = b""
 
-    def send(self, item: int, gold: str, answer: str, timeout_s: float) -> None:
+    def send(self, item: int, request: dict[str, Any], timeout_s: float) -> None:
         """Hands over one item; starts the process first where there is none or it died while idle."""
-        request = json.dumps({"gold": gold, "answer": answer, "timeout_s": timeout_s}).encode() + b"\n"
-        self.item, self.answer, self.timeout_s = item, answer, timeout_s
+        self.item, self.answer, self.timeout_s = item, request.pop("extracted"), timeout_s
+        line = json.dumps(request | {"item": item, "timeout_s": timeout_s}).encode() + b"\n"
         if self.process is not None and self.process.poll() is None:
             self.deadline = time.monotonic() + timeout_s
         else:
@@ -112,7 +108,7 @@ class _Worker:
         assert self.process is not None
         assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # died just now: receive() will see the end of its output and say so
-            os.write(self.process.stdin.fileno(), request)  # under 64 KiB into an empty pipe: never blocks
+            os.write(self.process.stdin.fileno(), line)  # under 64 KiB into an empty pipe: never blocks
 
     def _start(self) -> None:
         # By path, not -m: found wherever the current folder is by now. -P: this folder holds a math.py, which must not hide
@@ -136,14 +132,23 @@ class _Worker:
         if not chunk:
             return self._died()
         *lines, self.received = (self.received + chunk).split(b"\n")
-        for line in lines:
-            reply = json.loads(line)
-            if "verdict" in reply:
-                self.item = None
-                return Verdict.of(reply["verdict"], self.answer, reply["detail"])
-            if not reply["ready"]:
-                raise RuntimeError(f"the math verification worker cannot start: {reply['detail']}")
-            self.ready, self.deadline = True, time.monotonic() + self.timeout_s
+        try:
+            for line in lines:
+                reply = json.loads(line)
+                if self.ready:
+                    if reply["item"] != self.item or reply["verdict"] not in ("pass", "fail", "error"):
+                        raise ValueError
+                    verdict = Verdict.of(reply["verdict"], self.answer, str(reply["detail"]))
+                    self.item = None
+                    return verdict
+                if not reply["ready"]:
+                    raise RuntimeError(f"the math verification worker cannot start: {reply['detail']}")
+                self.ready, self.deadline = True, time.monotonic() + self.timeout_s
+            if len(self.received) > MAX_REPLY_BYTES:
+                raise ValueError
+        except (ValueError, KeyError, TypeError):  # no JSON, or not what was asked for: nothing that it says later can be trusted
+            self.kill()
+            return Verdict.of("error", self.answer, "the grading process gave an answer that cannot be read")
         return None
 
     def _died(self) -> Verdict:
@@ -244,7 +249,7 @@ class MathVerifier:
                 if isinstance(prepared, Verdict):
                     known[taken] = prepared
                 else:
-                    idle.send(taken, *prepared, self.timeout_s)
+                    idle.send(taken, prepared, self.timeout_s)
                 taken += 1
             while given in known:
                 yield known.pop(given)
@@ -275,28 +280,46 @@ class MathVerifier:
 
 
 _shared: MathVerifier | None = None
-_shared_owner = 0  # process id: after a fork the child must not talk through its parent's pipes
 _shared_lock = threading.Lock()
 
 
-def verify_math(response: str, answer: str, answer_type: str | None = None, check_values: Any = None, timeout_s: float = 10) -> Verdict:
+def _forget_shared() -> None:
+    """In a forked child: the parent's worker is not ours to talk to or to end, and another thread may have held the lock."""
+    global _shared, _shared_lock
+    _shared, _shared_lock = None, threading.Lock()
+
+
+def _close_shared() -> None:
+    if _shared is not None:
+        _shared.close()
+
+
+os.register_at_fork(after_in_child=_forget_shared)
+atexit.register(_close_shared)
+
+
+def verify_math(
+    response: str, answer: str, answer_type: str | None = None, check_values: str | None = None, timeout_s: float = 10
+) -> Verdict:
     r"""Grades one response; keeps one worker alive between calls. Thread-safe, one item at a time: MathVerifier is for many.
 
-    response      text of the model; the last \boxed{} (after the last `</think>`) is its answer
+    response      text of the model; the last closed \boxed{} (after the last `</think>`) is its answer
     answer        reference answer, with or without \boxed{} or dollar signs
-    answer_type   None, "number", "integer" or "latex", graded alike
-    check_values  must be None
+    answer_type   None, "integer" and "latex" are graded alike: decimals must agree to 6 decimals. "number" and "set" (order and
+                  repetition do not count) to 4, "variable" is an expression whose values are compared: as in AMO-Bench
+    check_values  with "variable" only: JSON list of points with a value for every letter, such as '["a=2,b=3", "a=1/2,b=-1"]';
+                  the values must agree to 8 significant digits
     timeout_s     wall-clock seconds, over 0
 
-    Raises ValueError for another answer_type or check_values, RuntimeError if the worker cannot be started.
+    What counts as the same answer is listed in docs/verification.md. Raises ValueError for another answer_type or check_values,
+    RuntimeError if the worker cannot be started.
     """
-    global _shared, _shared_owner
+    global _shared
     if not timeout_s > 0:
         raise ValueError(f"timeout_s must be over 0, not {timeout_s}")
     with _shared_lock:
-        if _shared is None or _shared_owner != os.getpid():
-            _shared, _shared_owner = MathVerifier(workers=1), os.getpid()
-            atexit.register(_shared.close)
+        if _shared is None:
+            _shared = MathVerifier(workers=1)
         _shared.timeout_s = timeout_s
         [verdict] = _shared.verify_many([(response, answer, answer_type, check_values)])
         return verdict

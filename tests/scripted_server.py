@@ -29,22 +29,28 @@ class ScriptedServer:
 
     refuse(request): status and message to answer, None to go on. kills(request): whether the server dies of it: all connections
     are cut and the port is closed until `start()`. change(request, answer): what is sent instead of the answer. drawn: how often
-    each (prompt, seed) was answered in full. now: requests it is at.
+    each (prompt, seed) was answered in full. now: requests it is at. holds: requests that it takes at once, it refuses more.
+    refuse_probe(): as `refuse`, of the small requests that only ask whether it works.
     """
 
     def __init__(self, *, label: str = "default", delay_s: float = 0.0, api_key: str | None = None, seed: int = 0) -> None:
-        self.label, self.model_path, self.delay_s, self.api_key = label, "", delay_s, api_key
+        self.label, self.model_path, self.delay_s, self.api_key = label, "someone/model", delay_s, api_key
         self.context, self.total_tokens = 4096, 1 << 20
         self.original_logprobs = True
         self.takes_updates = True
         self.healthy = True
         self.frozen = False  # accepts connections and says nothing
+        self.stuck = False  # generates nothing, and says it is healthy
         self.faults: Counter[str] = Counter()
         self.injected: Counter[str] = Counter()
         self.fault_rate = 0.5
         self.refuse: Callable[[dict[str, Any]], tuple[int, str] | None] = lambda request: None
         self.kills: Callable[[dict[str, Any]], bool] = lambda request: False
         self.change: Callable[[dict[str, Any], dict[str, Any]], Any] = lambda request, answer: answer  # what is sent instead
+        self.refuse_probe: Callable[[], tuple[int, str] | None] = lambda: None
+        self.holds = 1 << 30
+        self.probe_logprobs = [-1.5, -2.0, -3.0]
+        self.probes = self.starts = 0
         self.drawn: Counter[tuple[tuple[int, ...], int]] = Counter()
         self.orders: list[tuple[str, dict[str, Any]]] = []
         self.seen: list[dict[str, Any]] = []
@@ -79,6 +85,7 @@ class ScriptedServer:
 
     async def _listen(self) -> None:
         if self._server is None:
+            self.starts += 1
             self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, reuse_address=True, limit=1 << 24)
 
     async def _die(self) -> None:
@@ -116,7 +123,7 @@ class ScriptedServer:
             _send(writer, 200 if self.healthy else 503, None)
         elif path == "/server_info":
             limits = {"max_req_input_len": self.context - 6, "max_total_num_tokens": self.total_tokens}
-            _send(writer, 200, {"version": "0.5.23", "enable_deterministic_inference": False, **limits})
+            _send(writer, 200, {"version": "0.5.23", "enable_deterministic_inference": False, "random_seed": self.starts, **limits})
         elif path == "/model_info":
             _send(writer, 200, {"model_path": self.model_path, "weight_version": self.label})
         elif method == "POST" and path == "/update_weight_version":
@@ -132,15 +139,20 @@ class ScriptedServer:
             _send(writer, 404, {"detail": "Not Found"})
 
     async def _generate(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        while self.stuck:
+            await asyncio.sleep(0.02)
         if request.get("top_logprobs_num"):
+            self.probes += 1
+            refused = self.refuse_probe() or ((503, "The request queue is full.") if self.now >= self.holds else None)
             scale = 1.0 if self.original_logprobs else 1 / request["sampling_params"]["temperature"]
-            _send(
-                writer,
-                200,
-                {"meta_info": {"output_top_logprobs": [[[-1.5 * scale, 7, None], [-2 * scale, 8, None], [-3 * scale, 9, None]]]}},
-            )
+            top = [[logprob * scale, 7 + i, None] for i, logprob in enumerate(self.probe_logprobs)]
+            status, answer = (refused[0], {"error": refused[1]}) if refused else (200, {"meta_info": {"output_top_logprobs": [top]}})
+            _send(writer, status, answer)
             return
         self.seen.append(request)
+        if self.now >= self.holds:
+            _send(writer, 503, {"error": {"message": "The request queue is full."}})
+            return
         self.now += 1
         self.most_at_once = max(self.most_at_once, self.now)
         try:
@@ -203,6 +215,44 @@ class ScriptedServer:
         self.faults[kind] -= 1
         self.injected[kind] += 1
         return kind
+
+
+class ScriptedRouter(ScriptedServer):
+    """An sglang-router: passes requests on to its workers in turn, to the next one if one is gone.
+
+    workers: (worker, whether the router takes it for healthy). workers_status: what /workers answers.
+    """
+
+    def __init__(self, workers: Sequence[ScriptedServer]) -> None:
+        super().__init__()
+        self.workers = [(worker, True) for worker in workers]
+        self.workers_status = 200
+        self._turn = 0
+
+    def _control(self, method: str, path: str, order: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        if path == "/workers":
+            rows = [{"id": str(i), "url": worker.url, "is_healthy": healthy} for i, (worker, healthy) in enumerate(self.workers)]
+            _send(writer, self.workers_status, {"workers": rows, "total": len(rows)})
+        else:  # what it answers for its workers says nothing about each of them
+            _send(writer, 200 if path == "/health" else 500, {"error": "not asked of a router"})
+
+    async def _generate(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        body = json.dumps(request).encode()
+        self._turn = (self._turn + 1) % len(self.workers)
+        for worker, healthy in self.workers[self._turn :] + self.workers[: self._turn]:
+            if not healthy:
+                continue
+            try:
+                reader, link = await asyncio.open_connection("127.0.0.1", worker.port, limit=1 << 24)
+                link.write(b"POST /generate HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+                head = await reader.readuntil(b"\r\n\r\n")
+                answer = await reader.readexactly(int(head.split(b"Content-Length: ")[1].split(b"\r\n")[0]))
+            except (OSError, asyncio.IncompleteReadError):
+                continue
+            link.close()
+            _send(writer, int(head.split(b" ")[1]), answer)
+            return
+        _send(writer, 503, {"error": {"message": "no worker"}})
 
 
 def make_answer(request: dict[str, Any], label: str) -> dict[str, Any]:

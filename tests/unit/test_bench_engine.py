@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from tests.unit.test_cli import trd
-from trd_megatron.bench import client, engine, engine_report
+from trd_megatron.bench import client, engine, engine_report, engine_sides
 from trd_megatron.bench.engine_report import Row
 from trd_megatron.bench.engine_sides import SIDES, Prompts, Settings
-from trd_megatron.engine.base import EngineFailedError
+from trd_megatron.engine.base import EngineFailedError, Generation
 from trd_megatron.errors import UserError
 
 TINY = Settings("builtin:tiny-qwen3", concurrency=[1, 3], prompts=5, lengths=[3, 4], max_new_tokens=5, repeats=2, threads=1)
@@ -155,3 +155,17 @@ def test_no_side_at_all(scripted: Callable[..., list[Any]], monkeypatch: pytest.
     code, _, err = trd(*arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 1
     assert err.rstrip().endswith("error: no side could be measured")
+
+
+def test_a_failing_side_says_why() -> None:
+    class Engine:
+        name, facts = "sglang", {}
+
+        def generate(self, shards: Any, sampling: Any) -> Any:
+            fine, bad = Generation([1], [-1.0], "stop"), Generation([], [], "abort", 0, "http://a: HTTP 500: sick")
+            yield 0, [fine, bad, replace(bad, abort_reason="other")]
+
+        def close(self) -> None: ...
+
+    with pytest.raises(EngineFailedError, match=r"^2 of 3 requests failed: http://a: HTTP 500: sick$"):
+        engine_sides._drawn(Engine(), [[1], [2], [3]], 1)  # type: ignore[arg-type]

@@ -225,4 +225,4 @@ def test_a_sample_of_other_weights_is_an_error(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match=r"part-00000\.parquet holds samples of weights 1, not of 0"):
         draw(0)
     with pytest.raises(UserError, match="holds samples of weights 1, not of 0"):
-        generate.drawn(tmp_path, TRAJECTORY, 0)
+        generate.drawn(tmp_path, TRAJECTORY, 0, ["response"])

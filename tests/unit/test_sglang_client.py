@@ -331,7 +331,7 @@ def test_weights(two: list[ScriptedServer], model: Path) -> None:
     two[0].label, two[0].takes_updates = "2-other", False
     with pytest.raises(UserError, match=r"does not take the weights .* \(no such folder\)"):
         Client([two[0]], model, version=1)
-    with pytest.raises(UserError, match=rf"{two[0].url} serves the weights '2-other', the teacher's are '0-0123456789ab'"):
+    with pytest.raises(UserError, match=rf"{two[0].url} serves the weights '2-other' of .*, the teacher's are '0-0123456789ab'"):
         Client([two[0]], model, update=False)
     assert len(two[0].orders) == 3
 
@@ -385,13 +385,8 @@ def test_first_requests_all_fail(two: list[ScriptedServer], model: Path) -> None
         server.refuse = lambda request: (400, "no such thing")
     with Client(two, model) as client:
         generator = client.engine.generate(make_shards(20, size=2), SAMPLING)
-        with pytest.raises(UserError, match=r"first 32 requests all failed.*no such thing"):
+        with pytest.raises(UserError, match=r"last 32 requests all failed.*no such thing"):
             next(generator)
-    for server in two:
-        server.refuse = lambda request: (400, "odd") if request["sampling_params"]["sampling_seed"] < 40 else None
-    with Client(two, model, max_outstanding=64) as client:  # few enough: kept
-        shards = make_shards(1, size=20)
-        check(client.draw(shards), shards, aborts=20)
 
 
 BROKEN: dict[str, Callable[[dict[str, Any], dict[str, Any]], Any]] = {
@@ -504,10 +499,6 @@ def test_journal(tmp_path: Path) -> None:
         assert (ids.tolist(), logprobs.tolist(), finish) == ([0, 1, 2], [-0.5] * 3, "length")
         assert journal.find(b"x" * 32) is None
     assert path.read_bytes() == whole
-    for damaged in (60, 80, 200):
-        path.write_bytes(whole[:damaged] + bytes([whole[damaged] ^ 1]) + whole[damaged + 1 :])
-        with pytest.raises(UserError, match=r"j is damaged at byte \d+: delete it"):
-            Journal(path)
     path.write_text("something else")
     with pytest.raises(UserError, match="not a journal"):
         Journal(path)

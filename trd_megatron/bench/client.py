@@ -89,6 +89,8 @@ def serve(response_tokens: int, label: str) -> None:
     # Text as long as English of a real tokenizer.
     answer = json.dumps({"text": "word" * response_tokens, "output_ids": ids, "meta_info": meta}, separators=(",", ":")).encode()
 
+    NullServer.label = label
+
     async def run() -> None:
         server = await asyncio.get_running_loop().create_server(lambda: NullServer(answer), "127.0.0.1", 0)
         print(server.sockets[0].getsockname()[1], flush=True)

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from trd_megatron.config import EngineConfig, ServersConfig
-from trd_megatron.engine.base import Engine, Request, SamplingParams, api_key
+from trd_megatron.engine.admission import BENCHMARK
+from trd_megatron.engine.base import Engine, EngineFailedError, Request, SamplingParams, api_key
 from trd_megatron.engine.engines import weights_of
 from trd_megatron.engine.local import LocalEngine, load_model
 from trd_megatron.engine.server import LaunchedServers
@@ -57,9 +58,14 @@ class Side(Protocol):
 
 
 def _drawn(engine: Engine, prompts: Prompts, new_tokens: int) -> int:
+    """Tokens. Raises EngineFailedError if a request failed."""
     sampling = SamplingParams(TEMPERATURE, TOP_P, TOP_K, new_tokens, ignore_eos=True)
     shard = [Request(prompt, seed) for seed, prompt in enumerate(prompts)]
-    return sum(len(generation.token_ids) for _, generations in engine.generate([shard], sampling) for generation in generations)
+    generations = [generation for _, generations in engine.generate([shard], sampling) for generation in generations]
+    aborted = [generation.abort_reason for generation in generations if generation.finish_reason == "abort"]
+    if aborted:
+        raise EngineFailedError(f"{len(aborted)} of {len(generations)} requests failed: {aborted[0]}")
+    return sum(len(generation.token_ids) for generation in generations)
 
 
 class Local:
@@ -148,6 +154,7 @@ class Sglang:
             say=self._say,
             api_key=api_key(),
             check=None if self._launched is None else self._launched.check,
+            role=BENCHMARK,
         )
 
     def draw(self, prompts: Prompts, new_tokens: int) -> int:

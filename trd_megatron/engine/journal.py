@@ -8,10 +8,12 @@ Numbers are little-endian. Only key -> place is kept in memory.
 import contextlib
 import errno
 import os
+import shutil
 import struct
 import sys
 import zlib
 from array import array
+from collections.abc import Callable
 from pathlib import Path
 
 from trd_megatron.engine.base import FinishReason
@@ -26,12 +28,13 @@ _FINISH: tuple[FinishReason, ...] = ("stop", "length")
 class Journal:
     """Appends and reads samples. One process at a time; one thread appends, any thread reads.
 
-    A record that a kill cut short at the end is cut off. Raises UserError if the file is no journal or is damaged before
-    its end. OSError from `append` (a full disk) leaves what was written before as it was.
+    A record that a kill cut short at the end is cut off. Of a file that is damaged before its end the part before the damage is
+    kept, and the whole of it beside it as <name>.damaged; say is told. Raises UserError if the file is no journal. OSError from
+    `append` (a full disk) leaves what was written before as it was.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, say: Callable[[str], None] = lambda text: None) -> None:
+        self.path, self._say = path, say
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -115,7 +118,12 @@ class Journal:
             # Torn: the file ends in it. A power failure can also leave a last record of the right length, or zeros.
             torn = size - self._end < _HEADER.size or (after is not None and after >= size) or self._zeros(size)
             if not torn:
-                raise self._damaged(self._end)
+                whole = self.path.with_name(f"{self.path.name}.damaged")
+                shutil.copyfile(self.path, whole)
+                self._say(
+                    f"{self.path} is damaged at byte {self._end}: the {len(places)} samples before it are kept, what follows is drawn "
+                    f"anew (the damaged file: {whole})"
+                )
             os.ftruncate(self._fd, self._end)
             break
         return places
@@ -138,7 +146,7 @@ class Journal:
         return not any(os.pread(self._fd, 1 << 20, place).strip(b"\0") for place in range(self._end, size, 1 << 20))
 
     def _damaged(self, place: int) -> UserError:
-        return UserError(f"{self.path} is damaged at byte {place}: delete it and run again; the samples in it are then drawn anew")
+        return UserError(f"{self.path} was damaged at byte {place} while it was in use: run again, what is good in it is kept")
 
 
 def _bytes(values: "array[int] | array[float]") -> bytes:

@@ -1,6 +1,9 @@
 """HTTP to one SGLang server or router: one exception per way in which it can go wrong, every answer bounded in size and time."""
 
 import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
 
 import aiohttp
 
@@ -39,12 +42,20 @@ def open_session(api_key: str | None) -> aiohttp.ClientSession:
     headers = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
+    trace = aiohttp.TraceConfig()
+    trace.on_request_headers_sent.append(_headers_sent)
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
         headers=headers,
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
+        trace_configs=[trace],
     )
+
+
+async def _headers_sent(session: aiohttp.ClientSession, context: Any, params: aiohttp.TraceRequestHeadersSentParams) -> None:
+    if context.trace_request_ctx is not None:
+        context.trace_request_ctx()
 
 
 class ServerLink:
@@ -58,19 +69,27 @@ class ServerLink:
         """A link to another URL, over the same session."""
         return ServerLink(self._session, url, connect_timeout_s=self._connect_timeout_s, read_timeout_s=self._read_timeout_s)
 
-    async def call(self, method: str, path: str, body: bytes | None = None, *, limit: int, timeout_s: float) -> tuple[int, bytes]:
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        limit: int,
+        timeout_s: float,
+        on_sent: Callable[[], None] | None = None,
+    ) -> tuple[int, bytes]:
         """(status, body) of an answer of at most `limit` bytes.
 
         timeout_s counts from now, connecting included. Once the body began, its pieces must follow each other within the
-        read timeout. Raises one of LINK_ERRORS, and UserError where the API key is refused.
+        read timeout. on_sent: called once there is a connection and the request goes over it. Raises one of LINK_ERRORS.
         """
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=self._connect_timeout_s)
         try:
-            async with self._session.request(method, self.url + path, data=body, timeout=timeout, allow_redirects=False) as response:
-                content = await self._body(response, limit)
-                if response.status in (401, 403):
-                    raise UserError(f"{self.url} refuses the API key ({response.status}): set {API_KEY} to the one it was started with")
-                return response.status, content
+            async with self._session.request(
+                method, self.url + path, data=body, timeout=timeout, allow_redirects=False, trace_request_ctx=on_sent
+            ) as response:
+                return response.status, await self._body(response, limit)
         except aiohttp.ConnectionTimeoutError:
             raise UnreachableError(f"no connection within {self._connect_timeout_s:g} s") from None
         except aiohttp.ClientConnectorError as error:
@@ -105,11 +124,13 @@ class ServerLink:
                 raise SlowError(f"the answer stopped for {self._read_timeout_s:g} s") from None
             raise
 
-    async def get(self, path: str, timeout_s: float) -> tuple[int, bytes]:
-        return await self.call("GET", path, limit=1 << 20, timeout_s=timeout_s)
-
-    async def post(self, path: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
-        return await self.call("POST", path, body, limit=1 << 20, timeout_s=timeout_s)
+    async def control(self, method: str, path: str, order: dict[str, Any] | None = None, *, timeout_s: float) -> tuple[int, bytes]:
+        """(status, body) of what is no sample. Raises as `call` does, and UserError where the API key is refused."""
+        body = None if order is None else json.dumps(order).encode()
+        status, answer = await self.call(method, path, body, limit=1 << 20, timeout_s=timeout_s)
+        if status in (401, 403):
+            raise UserError(f"{self.url} refuses the API key ({status}): set {API_KEY} to the one it was started with")
+        return status, answer
 
 
 def status_reason(status: int, body: bytes) -> str:

@@ -12,9 +12,10 @@ from typing import Any
 from trd_megatron.engine.admission import Admission
 from trd_megatron.engine.base import Generation, Request, SamplingParams, Weights
 from trd_megatron.engine.client_options import ClientOptions
-from trd_megatron.engine.dispatch import Job, Result, prompt_array
+from trd_megatron.engine.dispatch import Job
 from trd_megatron.engine.fleet import Fleet
 from trd_megatron.engine.journal import Journal
+from trd_megatron.engine.shards import Result, Shards, prompt_array
 from trd_megatron.errors import UserError
 
 _SYNC_EVERY_S = 1.0
@@ -29,7 +30,8 @@ class SGLangEngine:
     """Engine (see engine/base.py) whose samples are drawn by SGLang servers or an sglang-router.
 
     Waits until every server was looked at and one is ready; the others join when they are. may_update: servers with other
-    weights get the right ones from disk (the student's); else they are an error. journal: the file that finished samples go
+    weights get the right ones from disk (the student's); else they are an error. role: whose servers they are, for messages
+    (student or teacher by may_update, if it is not said). journal: the file that finished samples go
     to as they finish and are read back from; delete it when they are stored. say: told, in the caller's thread, what the
     user should know. check: raises, in the caller's thread, once waiting for servers has no point any more. One generate() at a time.
 
@@ -50,6 +52,7 @@ class SGLangEngine:
         say: Callable[[str], None],
         api_key: str | None = None,
         check: Callable[[], None] | None = None,
+        role: str | None = None,
     ) -> None:
         _allow_files(options.max_outstanding * len(urls))
         self._weights, self._say, self._check = weights, say, check
@@ -57,12 +60,13 @@ class SGLangEngine:
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._closed = False
         self._failure: BaseException | None = None
-        self._journal = Journal(journal)
+        self._journal = Journal(journal, say=self._put_message)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-client", daemon=True)
         self._thread.start()
         self._job: asyncio.Task[None] | None = None
-        admission = Admission(weights, options, may_update=may_update, say=self._put_message)
+        role = role or ("student" if may_update else "teacher")
+        admission = Admission(weights, options, may_update=may_update, role=role, say=self._put_message)
         self._fleet = Fleet(urls, admission, options, api_key, say=self._put_message, fail=self._put_error)
         try:
             for _ in self._until("opened", self._start(self._open())):
@@ -199,19 +203,19 @@ class SGLangEngine:
             """Gathers them: waking the caller for each sample would cost as much as the sample's own work."""
             nonlocal tokens
             if not tokens:
-                self._loop.call_later(_TELL_EVERY_S, tell_tokens)
+                self._fleet.call_later(_TELL_EVERY_S, tell_tokens)
             tokens += count
 
-        job = Job(
+        opened = Shards(
             shards,
             sampling,
-            fleet=self._fleet,
             journal=self._journal,
             weights=self._weights,
             vocab_size=self._vocab_size,
-            finished_shard=lambda index, results: self._events.put((this, "shard", (index, results))),
-            new_tokens=new_tokens,
+            tell=lambda index, results: self._events.put((this, "shard", (index, results))),
+            say=self._put_message,
         )
+        job = Job(opened, sampling, fleet=self._fleet, weights=self._weights, vocab_size=self._vocab_size, new_tokens=new_tokens)
         await job.run()
         if tokens:
             tell_tokens()

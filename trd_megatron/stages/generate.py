@@ -2,7 +2,7 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from trd_megatron.engine.base import EngineFailedError, Generation, Request, Sam
 from trd_megatron.engine.engines import Engines, Role
 from trd_megatron.errors import UserError
 from trd_megatron.progress import bar
-from trd_megatron.run_dir import atomic_write, digest, origins, read_columns, read_shards, shard_path, with_origins, write_parquet
+from trd_megatron.run_dir import atomic_write, digest, origins, read_columns, shard_path, with_origins, write_parquet
 from trd_megatron.verify import Verdict
 from trd_megatron.verify.grader import Grader, kind
 
@@ -176,11 +176,13 @@ def check_version(path: Path, schema: pa.Schema, version: int) -> None:
         raise UserError(f"{path} holds samples of weights {', '.join(map(str, found))}, not of {version}: move it away and run again")
 
 
-def drawn(folder: Path, schema: pa.Schema, version: int) -> list[dict[str, Any]]:
-    """The trajectories of all shards of a folder. Raises UserError if one was drawn from weights of another version."""
-    for path in sorted(folder.glob("part-*.parquet")):
+def drawn(folder: Path, schema: pa.Schema, version: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Some columns of the trajectories of all shards of a folder, a shard in memory at a time. Raises UserError if one was drawn from
+    weights of another version, before it gives any."""
+    paths = sorted(folder.glob("part-*.parquet"))
+    for path in paths:
         check_version(path, schema, version)
-    return read_shards(folder, schema)
+    return (row for path in paths for row in read_columns(path, schema, columns).to_pylist())
 
 
 def graded_columns(path: Path, schema: pa.Schema) -> pa.Table:

@@ -27,9 +27,11 @@ def build_samples(config: Config, run_dir: RunDir) -> tuple[list[dict[str, Any]]
     """
     chat = Chat(resolve_model(config.teacher.path or config.model.path), config.data.prompt_format, config.teacher.chat_template_kwargs)
     problems = prepare.read(run_dir)
-    rollouts = {(row["problem_id"], row["sample_index"]): row for row in drawn(run_dir.rollouts, TRAJECTORY, run_dir.round)}
     refined = config.method.trajectory == "refined"
-    trajectories = drawn(run_dir.refined, REFINED, teacher_version(config, run_dir)) if refined else list(rollouts.values())
+    columns = ["problem_id", "sample_index", "finish_reason", "prompt_ids", "response_ids"]
+    of_rollouts = ["response", "passed", *(columns[:-1] if refined else columns)]
+    rollouts = {(row["problem_id"], row["sample_index"]): row for row in drawn(run_dir.rollouts, TRAJECTORY, run_dir.round, of_rollouts)}
+    trajectories = drawn(run_dir.refined, REFINED, teacher_version(config, run_dir), columns) if refined else rollouts.values()
     rows, left_out = [], {"aborted": 0, "over_budget": 0}
     for row in trajectories:
         rollout = rollouts[row["problem_id"], row["sample_index"]]

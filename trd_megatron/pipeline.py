@@ -224,6 +224,12 @@ def _do(work: Work, engines: Engines) -> dict[str, Any]:
     return work.stage.run(work.config, work.run_dir, work.folder.folder)
 
 
+def _working_time(manifest: Manifest, started: float, engines: Engines) -> float:
+    """Seconds since `started`, without those for which servers started: the manifest counts them apart."""
+    manifest.server_start_seconds += engines.start_seconds
+    return time.monotonic() - started - engines.start_seconds
+
+
 def run(
     config: Config,
     run_dir: RunDir,
@@ -273,13 +279,13 @@ def run(
             manifest = folder.open()
             skipped = manifest.status == "done" and not again
             if not skipped:
-                started = time.monotonic()
+                started, engines.start_seconds = time.monotonic(), 0.0
                 try:
                     counts = _do(work, engines)
                 except BaseException:
-                    folder.pause(manifest, time.monotonic() - started)
+                    folder.pause(manifest, _working_time(manifest, started, engines))
                     raise
-                folder.close(manifest, counts, time.monotonic() - started)
+                folder.close(manifest, counts, _working_time(manifest, started, engines))
             done.add(work)
             if stage.group == "evaluate":
                 write_summary(done, view)

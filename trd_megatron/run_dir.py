@@ -83,7 +83,8 @@ def write_json(path: Path, value: Any) -> None:
 
 @dataclass
 class Manifest:
-    """What a stage folder holds and from what it was made. seconds: working time over all attempts but those that were killed."""
+    """What a stage folder holds and from what it was made. seconds: working time over all attempts but those that were killed,
+    without server_start_seconds, for which it waited for servers to start."""
 
     stage: str
     status: str  # running | done
@@ -93,6 +94,7 @@ class Manifest:
     counts: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
     seconds: float = 0.0
+    server_start_seconds: float = 0.0
     started: str = ""
     finished: str = ""
 

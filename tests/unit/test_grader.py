@@ -62,6 +62,13 @@ def test_answer_type_and_check_values_reach_the_verifier() -> None:
         list(grader.grade([(problem(answer="5", answer_type="poem"), r"\boxed{5}")]))
 
 
+@pytest.mark.parametrize("tests", ["{", '{"inputs": [' + "1" * 5000 + "]}", "[]"])
+def test_malformed_tests_are_an_error_of_ours(tests: str) -> None:
+    with Grader(SETTINGS) as grader:
+        (verdict,) = grader.grade([(problem(task="code", answer=None, tests=tests), "```python\nprint(1)\n```")])
+    assert verdict is not None and verdict.verdict == "error"
+
+
 def test_what_can_change_a_verdict_is_recorded() -> None:
     facts = Grader(SETTINGS).facts({"math", "code"})
     assert facts["math"]["timeout_s"] == 60 and facts["math"]["math-verify"]

@@ -4,6 +4,7 @@ One node is shared in time: the servers of one role give their GPUs back before 
 With engine.keep_servers they have GPUs of their own and stay.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -54,6 +55,7 @@ class Engines:
     def __init__(self, config: Config, logs: Path, say: Callable[[str], None]) -> None:
         self._config, self._logs, self._say = config, logs, say
         self._launched: dict[str, LaunchedServers] = {}
+        self.start_seconds = 0.0  # spent waiting for servers to start
 
     def __enter__(self) -> "Engines":
         return self
@@ -106,7 +108,11 @@ class Engines:
         if role not in self._launched:
             servers = LaunchedServers(role, weights, self._config.engine, self._logs, self._say, api_key=api_key())
             self._launched[role] = servers  # before they start: whatever interrupts us, they are stopped
-            servers.start()
+            began = time.monotonic()
+            try:
+                servers.start()
+            finally:
+                self.start_seconds += time.monotonic() - began
         self._launched[role].use(weights)
         return self._launched[role].urls
 

@@ -111,7 +111,7 @@ def generate(
                     )
                 ]
                 graders = grader.facts({which for task in shard if (which := kind(task.problem)) is not None})
-                made_by = {"engines": [{"name": engine.name, **engine.facts}], "graders": [graders]}
+                made_by = {"engines": [{"name": engine.name, "weights": author.weights.label, **engine.facts}], "graders": [graders]}
                 write_parquet(shard_path(folder, pending[position]), rows, with_origins(schema, made_by))
                 progress.advance(len(rows))
     (folder / JOURNAL).unlink(missing_ok=True)  # every shard holds its samples now

@@ -26,6 +26,14 @@ def kind(problem: Mapping[str, Any]) -> str | None:
     return None if problem["answer"] is None else "math"
 
 
+def _tests(problem: Mapping[str, Any]) -> Any:
+    """The tests of a problem; what is no JSON stays text, which the verifier calls malformed."""
+    try:
+        return json.loads(problem["tests"])
+    except ValueError:
+        return problem["tests"]
+
+
 class Grader:
     """Grading processes for responses to problems, math or code or both; a context manager that leaves none of them behind.
 
@@ -66,9 +74,7 @@ class Grader:
             for (problem, response), which in zip(items, kinds, strict=True)
             if which == "math"
         )
-        programs = (
-            (response, json.loads(problem["tests"])) for (problem, response), which in zip(items, kinds, strict=True) if which == "code"
-        )
+        programs = ((response, _tests(problem)) for (problem, response), which in zip(items, kinds, strict=True) if which == "code")
         with contextlib.ExitStack() as stack:  # where the caller stops early, what is in the workers' hands is dropped
             verdicts: dict[str, Iterator[Verdict]] = {"math": self._math.verify_many(answers)}
             if "code" in kinds:

@@ -1,6 +1,7 @@
 """The SGLang client when the fault is not one request's, or only one request's: outages, poison, lost servers, other models."""
 # ruff: noqa: F811
 
+import json
 import threading
 from array import array
 from collections.abc import Callable, Iterator
@@ -314,6 +315,34 @@ def test_server_started_by_hand_with_another_model(two: list[ScriptedServer], mo
     with Client(two[:1], model) as client:
         assert [path for path, _ in two[0].orders] == ["/update_weights_from_disk"]
         assert any("in place of the weights 'default' of the model /models/something-else" in text for text in client.said)
+
+
+def test_server_of_another_shape_is_left_alone(two: list[ScriptedServer], model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({"hidden_size": 64}))
+    two[0].model_path = str(other)
+    with pytest.raises(UserError, match=rf"runs the model {other}, of another shape than {model} \(hidden_size 64, not None\).*urls"):
+        Client(two[:1], model)
+    assert not two[0].orders
+
+
+def test_server_that_ends_whenever_it_loads_our_weights(two: list[ScriptedServer], model: Path) -> None:
+    server = two[0]
+    server.model_path = "/models/something-else"
+    control = server._control
+
+    def breaks(method: str, path: str, order: Any, writer: Any) -> None:
+        if path == "/update_weights_from_disk":
+            server.orders.append((path, order))
+            writer.transport.abort()
+        else:
+            control(method, path, order, writer)
+
+    server._control = breaks  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"ended twice while it loaded .* in place of .*something-else.*its log says why"):
+        Client([server], model, give_up_after_s=20.0)
+    assert len(server.orders) == 2
 
 
 def test_same_model(tmp_path: Path) -> None:

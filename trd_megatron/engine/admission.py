@@ -12,11 +12,15 @@ from typing import Any
 from trd_megatron.engine.answers import BadAnswerError, error_message, one_line, parse_object
 from trd_megatron.engine.base import Weights
 from trd_megatron.engine.client_options import ClientOptions
-from trd_megatron.engine.server_link import LINK_ERRORS, ServerLink, SlowError, StatusError, status_reason
+from trd_megatron.engine.server_link import LINK_ERRORS, BrokenError, ServerLink, SlowError, StatusError, status_reason
 from trd_megatron.errors import UserError
 
 UNNAMED = "default"  # what SGLang calls weights that nobody gave a name
 BENCHMARK = "benchmark"  # the role of servers that are named by --url
+SHAPE = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "vocab_size", "tie_word_embeddings",
+)  # fmt: skip
 _PROBE_TEMPERATURES = (0.5, 2.0)
 _SAME_LOGPROB = 0.1  # temperature moves the logprobs of the first three by far more, rounding in bfloat16 by far less
 
@@ -50,6 +54,7 @@ class Admission:
         self._weights, self._options, self._may_update, self._say = weights, options, may_update, say
         self.role = role
         self._urls = "--url" if role == BENCHMARK else f"engine.{role}.urls"
+        self._ended_loading: set[str] = set()  # URLs
         self._probed: set[tuple[str, str]] = set()  # (URL, start) of routers' workers whose logprobs are right
 
     @property
@@ -180,10 +185,9 @@ class Admission:
         if found == UNNAMED and self._weights.version == 0 and same_model(self._weights, info.get("model_path")):
             await self._change(link, "/update_weight_version", {"new_version": label}, self._options.health_timeout_s)
         elif self._may_update:
+            self._check_shape(link, info.get("model_path"))
             self._say(f"{link.url}: loading the weights {path} in place of {named}")
-            await self._change(
-                link, "/update_weights_from_disk", {"model_path": path, "weight_version": label}, self._options.request_timeout_s
-            )
+            await self._load(link, {"model_path": path, "weight_version": label}, named)
         else:
             raise UserError(
                 f"{link.url} serves {named}, the {self.role}'s are '{label}' of {self._weights.path}: "
@@ -192,6 +196,31 @@ class Admission:
         found = (await self._get_object(link, "/model_info", known)).get("weight_version")
         if found != label:
             raise UserError(f"{link.url} keeps the weights '{one_line(str(found), 80)}' though '{label}' were loaded: restart it")
+
+    def _check_shape(self, link: ServerLink, theirs: Any) -> None:
+        """Raises UserError for a server whose model has another shape: it would end while it loads our weights."""
+        if not isinstance(theirs, str) or not ((folder := Path(theirs)) / "config.json").is_file():
+            return  # not on this machine
+        ours, found = shape(self._weights.path), shape(folder)
+        differing = sorted(key for key in ours if ours[key] != found[key])
+        if differing:
+            key = differing[0]
+            raise UserError(
+                f"{link.url} runs the model {one_line(theirs, 200)}, of another shape than {self._weights.path} "
+                f"({key} {found[key]}, not {ours[key]}): start it with this model, or correct {self._urls}"
+            )
+
+    async def _load(self, link: ServerLink, order: dict[str, str], named: str) -> None:
+        try:
+            await self._change(link, "/update_weights_from_disk", order, self._options.request_timeout_s)
+        except BrokenError:
+            if link.url in self._ended_loading:  # once may be anybody's fault
+                raise UserError(
+                    f"{link.url} ended twice while it loaded {order['model_path']} in place of {named}: its log says why; "
+                    f"start it with this model, or correct {self._urls}"
+                ) from None
+            self._ended_loading.add(link.url)
+            raise
 
     async def _change(self, link: ServerLink, path: str, order: dict[str, str], timeout_s: float) -> None:
         status, body = await link.control("POST", path, order, timeout_s=timeout_s)
@@ -234,6 +263,12 @@ class Admission:
         if not all(map(math.isfinite, values)):
             raise BadAnswerError("logprobs that are not finite in the answer to a probe: its weights or its dtype are at fault")
         return values
+
+
+def shape(model: Path) -> dict[str, Any]:
+    """What of a model's config.json decides the shapes of its weights; None where it has no such key."""
+    settings = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return {key: settings.get(key) for key in SHAPE}
 
 
 def same_model(weights: Weights, theirs: Any) -> bool:

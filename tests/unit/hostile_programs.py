@@ -55,6 +55,13 @@ report(*[refused(lambda: open(folder + "/trd-hostile", "w")) for folder in folde
 os.symlink("/etc/passwd", "/tmp/one"); os.symlink("/proc/1/root/etc", "/tmp/two"); os.symlink("../../../../../../root", "/tmp/three")
 report(refused(lambda: open("/tmp/one").read()), refused(lambda: os.listdir("/tmp/two")), refused(lambda: open("/tmp/three/trd-hostile", "w")))
 """,
+    "buffers, locks and disks of the machine": """
+import fcntl
+one, two = socket.socketpair()
+library = open(os.__file__)
+report(refused(lambda: one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 23)), refused(lambda: fcntl.flock(library, fcntl.LOCK_SH)),
+       libc.sync() in (0, -1), libc.syncfs(library.fileno()) == -1)
+""",
     "hard links": """
 report(refused(lambda: os.link("/etc/ld.so.cache", "/tmp/cache")), refused(lambda: os.link(os.__file__, "/usr/lib/trd-hostile")))
 """,
@@ -229,6 +236,20 @@ for target in (1, os.getppid(), -1):
 }
 
 ENDLESS = {
+    "steals what the supervisor was promised": """
+import os, threading
+mine = os.open("/dev/stdout", os.O_RDONLY | os.O_NONBLOCK)
+def steal():
+    while True:
+        try:
+            os.read(mine, 1)
+        except BlockingIOError:
+            pass
+for _ in range(3):
+    threading.Thread(target=steal, daemon=True).start()
+while True:
+    os.write(1, b"x")
+""",
     "endless loop": "while True: pass",
     "sleep": "import time; time.sleep(1000)",
     "deaf to signals": """
@@ -265,6 +286,10 @@ time.sleep(1000)
 
 # Programs whose function `f` is called with no argument; 42 is expected, and none of these is 42.
 RESULTS = {
+    "a set of numbers that take for ever to put together": """
+def f():
+    return {(k << 20) + 1 for k in range(60000)}
+""",
     "equal to everything": "class E:\n    def __eq__(self, other): return True\n    def __hash__(self): return 42\ndef f(): return E()",
     "an int equal to everything": "class E(int):\n    def __eq__(self, other): return True\n    def __int__(self): return 41\ndef f(): return E(7)",
     "a list that holds itself": "def f():\n    x = []\n    x.append(x)\n    return x",

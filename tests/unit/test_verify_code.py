@@ -17,7 +17,7 @@ from trd_megatron.verify import CodeVerifier, Verdict, verify_code
 from trd_megatron.verify import code as code_module
 from trd_megatron.verify.code import extract_program
 from trd_megatron.verify.code_compare import output_difference, same_result, show
-from trd_megatron.verify.plain_values import MAX_DEPTH, MAX_ITEMS, NotPlain, decode, encode
+from trd_megatron.verify.plain_values import MAX_DEPTH, MAX_ITEMS, MAX_MEMBERS, NotPlain, decode, encode
 
 # Most tests are of verdicts, which are the same at every level of the sandbox.
 LOOSE = {"allow_unsandboxed": True}
@@ -506,3 +506,24 @@ def test_wrong_settings():
     for settings in ({"workers": 0}, {"timeout_s": 0}, {"total_timeout_s": -1}, {"memory_mb": 0}, {"timeout_s": math.nan}):
         with pytest.raises(ValueError, match=f"{next(iter(settings))} must be"):
             CodeVerifier(**{"workers": 1, **settings}, **LOOSE)
+
+
+def test_members_of_sets_and_dicts_are_limited() -> None:
+    assert len(decode({"$set": list(range(MAX_MEMBERS))})) == MAX_MEMBERS
+    for value in ({"$set": list(range(MAX_MEMBERS + 1))}, {"$dict": [[k, 0] for k in range(MAX_MEMBERS + 1)]}):
+        with pytest.raises(NotPlain, match="members of sets and dicts"):
+            decode(value)
+    halves = {"$frozenset": list(range(MAX_MEMBERS // 2 + 1))}
+    with pytest.raises(NotPlain, match="members of sets and dicts"):
+        decode([halves, {"a": [halves]}])
+
+
+def test_tests_that_hang_before_they_call_the_program_are_our_error() -> None:
+    tests = {"asserts": "while True: pass\nassert f() == 1", "fn_name": "f"}
+    verdict = verify_code("```python\ndef f(): return 1\n```", tests, timeout_s=1, allow_unsandboxed=True)
+    assert verdict.verdict == "error"
+
+
+def test_a_set_that_is_expected_and_cannot_be_one_is_our_error() -> None:
+    tests = {"inputs": [[]], "outputs": [[[1]]], "fn_name": "f", "compare": "set"}
+    assert verify_code("```python\ndef f(): return [1]\n```", tests, allow_unsandboxed=True).verdict == "error"

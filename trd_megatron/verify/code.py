@@ -29,6 +29,7 @@ import atexit
 import builtins
 import json
 import os
+import random
 import re
 import threading
 import time
@@ -273,7 +274,7 @@ def _run_asserts(candidate: Sandbox, checker: Sandbox, program: str, tests: dict
 def _checker_says(line: bytes | Ended, answered: bool, limits: _Limits) -> dict[str, Any]:
     """What the process of the asserts said. It is not ours either, but no program reaches it other than by plain values."""
     if isinstance(line, Ended):
-        if answered or line.how == "timeout":
+        if answered:
             raise _fail(line, "the tests", limits)
         raise _MalformedTests(f"the tests end early: {line.how} {line.detail}")
     said = json.loads(line)
@@ -300,33 +301,40 @@ def _check_form(tests: Any) -> None:
 class _Worker:
     """The sandboxes of one worker: one for programs, one for the asserts of benchmarks."""
 
-    def __init__(self, level: sandbox.LevelName) -> None:
-        self.candidate, self.checker = Sandbox(level), Sandbox(level)
+    def __init__(self, level: sandbox.LevelName, processor: int) -> None:
+        self.candidate, self.checker = Sandbox(level, processor), Sandbox(level, processor)
 
     def grade(self, program: str, tests: Any, limits: _Limits) -> tuple[VerdictKind, str]:
         """(verdict, detail); never raises for anything that a program or its tests do."""
         begun: list[Sandbox] = []
         try:
-            try:
-                _check_form(tests)
-                for box in (self.candidate, self.checker) if "asserts" in tests else (self.candidate,):
-                    begun.append(box)
-                    box.begin(limits.memory_mb, limits.total_timeout_s)
-                if "asserts" in tests:
-                    _run_asserts(self.candidate, self.checker, program, tests, limits)
-                elif tests.get("fn_name") is not None:
-                    _call_function(self.candidate, program, tests, limits)
-                else:
-                    _run_outputs(self.candidate, program, tests, limits)
-            finally:
-                for box in begun:
-                    box.end()
+            verdict = self._grade(program, tests, limits, begun)
+            for box in begun:
+                box.end()
+        except sandbox.SandboxError:  # the verdict is known
+            self.kill()
+        return verdict
+
+    def _grade(self, program: str, tests: Any, limits: _Limits, begun: list[Sandbox]) -> tuple[VerdictKind, str]:
+        """begun: takes the sandboxes that are open after it."""
+        try:
+            _check_form(tests)
+            for box in (self.candidate, self.checker) if "asserts" in tests else (self.candidate,):
+                box.begin(limits.memory_mb, limits.total_timeout_s)
+                begun.append(box)
+            if "asserts" in tests:
+                _run_asserts(self.candidate, self.checker, program, tests, limits)
+            elif tests.get("fn_name") is not None:
+                _call_function(self.candidate, program, tests, limits)
+            else:
+                _run_outputs(self.candidate, program, tests, limits)
         except _Outcome as outcome:
             return outcome.kind, _one_line(outcome.detail)
         except (_MalformedTests, NotPlain) as error:
             return "error", _one_line(str(error))
         except Exception as error:  # ours, whatever it is: counted and shown, and no program pays for it
             self.kill()
+            begun.clear()
             return "error", _one_line(f"{type(error).__name__}: {error}")
         return "pass", ""
 
@@ -365,7 +373,10 @@ class CodeVerifier:
             raise ValueError(f"memory_mb must be at least {LEAST_MEMORY_MB}, not {memory_mb}")
         self.timeout_s, self.total_timeout_s, self.memory_mb = timeout_s, total_timeout_s, memory_mb
         level = sandbox.require(allow_unsandboxed)
-        self._workers = [_Worker(level) for _ in range(workers)]
+        # Each on a processor of its own: a program that starts many processes takes no time from its neighbours.
+        processors = sorted(os.sched_getaffinity(0))
+        start = random.randrange(len(processors))
+        self._workers = [_Worker(level, processors[(start + number) % len(processors)]) for number in range(workers)]
         self._idle = list(self._workers)
         self._threads: ThreadPoolExecutor | None = None
         self._in_use = self._closing = False
@@ -448,13 +459,22 @@ class CodeVerifier:
 
 
 _shared: CodeVerifier | None = None
-_shared_owner = 0  # process id: after a fork the child must not talk through its parent's links
 _shared_lock = threading.Lock()
 
 
+def _forget_shared() -> None:
+    """After a fork: the child must not talk through its parent's links, and another thread of the parent may have held the lock."""
+    global _shared, _shared_lock
+    _shared, _shared_lock = None, threading.Lock()
+
+
 def _close_shared() -> None:
-    if _shared is not None and _shared_owner == os.getpid():
+    if _shared is not None:
         _shared.close()
+
+
+os.register_at_fork(after_in_child=_forget_shared)
+atexit.register(_close_shared)
 
 
 def verify_code(
@@ -471,12 +491,11 @@ def verify_code(
     tests     in a form of this module's docstring
     The rest as for CodeVerifier, whose exceptions it raises.
     """
-    global _shared, _shared_owner
+    global _shared
     with _shared_lock:
         settings = CodeVerifier(1, timeout_s, total_timeout_s, memory_mb, allow_unsandboxed)  # starts nothing
-        if _shared is None or _shared_owner != os.getpid():
-            _shared, _shared_owner = settings, os.getpid()
-            atexit.register(_close_shared)
+        if _shared is None:
+            _shared = settings
         _shared.timeout_s, _shared.total_timeout_s, _shared.memory_mb = timeout_s, total_timeout_s, memory_mb
         [verdict] = _shared.verify_many([(response, tests)])
         return verdict

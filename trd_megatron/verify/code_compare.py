@@ -118,8 +118,9 @@ def _all_close(result: Any, expected: Any, tolerance: float) -> bool:
 def _as_sets(result: Any, expected: Any, arguments: list[Any], tolerance: float) -> bool:
     if not isinstance(result, list | tuple | set | frozenset | dict | str):  # a range may be longer than any memory
         return False
+    wanted = plain_set(expected)
     try:
-        return plain_set(result) == plain_set(expected)
+        return plain_set(result) == wanted
     except (TypeError, NotPlain):  # of lists
         return False
 

@@ -17,6 +17,7 @@ from typing import Any
 
 MAX_DEPTH = 100  # of nested containers
 MAX_ITEMS = 2_000_000  # values in one encoded value, containers included
+MAX_MEMBERS = 20_000  # of all sets and dicts in one value together: numbers can be chosen so that building them takes quadratic time
 MAX_COLLISIONS = 64  # members of a set, or keys of a dict, with one hash: numbers can be chosen so that a set takes for ever to build
 
 
@@ -79,8 +80,18 @@ def decode(value: Any) -> Any:
     """The built-in value that a JSON value (from json.loads) stands for.
 
     The result holds exact built-in types alone. Raises NotPlain for a malformed tag, an unhashable key or member, and more than
-    MAX_DEPTH levels.
+    MAX_DEPTH levels, or more than MAX_MEMBERS members of sets and dicts (those with text keys do not count).
     """
+    members, waiting = 0, [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            members += sum(len(part[tag]) for tag in ("$set", "$frozenset", "$dict") if isinstance(part.get(tag), list))
+            waiting += part.values()
+        elif isinstance(part, list):
+            waiting += part
+    if members > MAX_MEMBERS:
+        raise NotPlain(f"a value with more than {MAX_MEMBERS:,} members of sets and dicts")
     return _decode(value, 0)
 
 
@@ -122,6 +133,8 @@ def _float(body: Any, depth: int) -> float:
 def plain_set(parts: Iterable[Any]) -> set[Any]:
     """set(parts), where they do not have their hashes in common. Raises NotPlain, TypeError."""
     parts = list(parts)
+    if len(parts) > MAX_MEMBERS:
+        raise NotPlain(f"a set or dict of more than {MAX_MEMBERS:,} members")
     counts = Counter(map(hash, parts))
     if counts and max(counts.values()) > MAX_COLLISIONS:
         different: dict[int, list[Any]] = {}

@@ -77,8 +77,9 @@ class Sandbox:
     The launcher dies with the thread that started it, and whatever runs in it with the launcher.
     """
 
-    def __init__(self, level: LevelName) -> None:
-        self.level = level
+    def __init__(self, level: LevelName, processor: int | None = None) -> None:
+        """processor: the one on which all that happens in it runs, None for any."""
+        self.level, self.processor = level, processor
         self._process: subprocess.Popen[bytes] | None = None
         self._link: socket.socket | None = None
         self._deadline = 0.0
@@ -148,7 +149,7 @@ class Sandbox:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        plan = {"level": self.level, **_paths(self.level)}
+        plan = {"level": self.level, "processor": self.processor, **_paths(self.level)}
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-s", "-S", str(LAUNCHER), str(os.getpid())],

@@ -23,11 +23,11 @@ import system_calls
 
 FOLDER_BYTES = 64 << 20  # the writable folder
 FOLDER_FILES = 4096
-MAX_PROCESSES = 64  # and threads
+MAX_PROCESSES = 32  # and threads
 MAX_FILE_BYTES = FOLDER_BYTES
-MAX_OPEN_FILES = 128
+MAX_OPEN_FILES = 64
 STACK_BYTES = 120 << 20  # of the main thread; the kernel keeps 128 MiB free for it
-FIRST_USER = 0x70000000  # users of programs: this + the launcher's process id, so that no two at work have the same one
+FIRST_USER = 0x70000000  # users of programs: this + 27 random bits; containers of one machine may count processes alike
 INSIDE_USER = 1000  # our own user's number in a user namespace
 PACKAGES = "/packages"  # where the cage has the packages that programs may import
 
@@ -93,7 +93,7 @@ def _choose_user(capabilities: int) -> int | None:
     for name in ("uid_map", "gid_map"):
         with open(f"/proc/self/{name}") as lines:
             maps.append([tuple(map(int, line.split())) for line in lines])
-    wanted = FIRST_USER + os.getpid()
+    wanted = FIRST_USER + (int.from_bytes(os.urandom(4)) >> 5)
     for user in (wanted, 100_000 + os.getpid() % 65_536, 30_000 + os.getpid() % 30_000):  # smaller ones: in containers with a map
         if all(any(first <= user < first + count for first, _, count in lines) for lines in maps) and not _is_known(user):
             return user
@@ -115,8 +115,10 @@ class Jail:
         """plan: level; python (paths that Python needs), packages (folders and files to import), hidden (folders to be emptied)."""
         self.plan = plan
         self.full = plan["level"] == "full"
-        self.folder = "/tmp"  # the writable folder; at the level `limits` a new one for each program
+        self.folder = "/tmp"  # the writable folder; at the level `limits` a new one in self.above for each run
+        self.above = ""
         self.user: int | None = None
+        self.at_work = False  # a program has run since the last enter_program()
         self.filter = system_calls.build(_MACHINE) if system_calls.supported(_MACHINE) else None
 
     def build(self) -> None:
@@ -265,19 +267,22 @@ class Jail:
             options = f"mode=1777,size={FOLDER_BYTES},nr_inodes={FOLDER_FILES}"
             _mount("tmpfs", "/tmp", "tmpfs", _NOSUID | _NODEV, options)
         else:
-            for name in os.listdir(self.folder):
-                _remove(os.path.join(self.folder, name))
-
-    def make_folder(self) -> None:
-        """At the level limits: the folder of a program, to be removed by remove_folder()."""
-        if not self.full:
-            self.folder = tempfile.mkdtemp(prefix="trd-code-")
+            if not first:
+                _remove(self.folder)
+            self.folder = tempfile.mkdtemp(dir=self.above)
             if self.user is not None:
                 os.chown(self.folder, self.user, self.user)
 
+    def make_folder(self) -> None:
+        """At the level limits: where a program's folders will lie, to be removed by remove_folder(). It is not the program's, which
+        could put a link to another folder in the place of its own otherwise."""
+        if not self.full:
+            self.above = tempfile.mkdtemp(prefix="trd-code-")
+            os.chmod(self.above, 0o711)
+
     def remove_folder(self) -> None:
         if not self.full:
-            _remove(self.folder)
+            _remove(self.above)
 
     def confine(self, memory_bytes: int, cpu_seconds: int) -> None:
         """In the program's process, before it: gives up everything that has not been given up yet. Raises Refused or OSError."""
@@ -290,7 +295,7 @@ class Jail:
             resource.RLIMIT_FSIZE: MAX_FILE_BYTES,
             resource.RLIMIT_NOFILE: MAX_OPEN_FILES,
             resource.RLIMIT_STACK: STACK_BYTES,
-            resource.RLIMIT_CORE: 0,
+            resource.RLIMIT_CORE: 1,  # 0 would still start a core handler, where the machine has one
             resource.RLIMIT_MEMLOCK: 0,
             resource.RLIMIT_MSGQUEUE: 0,
         }
@@ -383,9 +388,11 @@ def _make_place(path: str, is_folder: bool) -> None:
 
 
 def _remove(path: str) -> None:
-    """Removes a file or folder that a hostile program filled: follows no link, and a folder may forbid its own listing."""
+    """Removes a file or folder that a hostile program filled, if it has not done so itself: follows no link, and a folder may forbid its
+    own listing. No process of the program may be left."""
     if not os.path.isdir(path) or os.path.islink(path):
-        os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
         return
     os.chmod(path, 0o700)
     for folder, below, _ in os.walk(path):

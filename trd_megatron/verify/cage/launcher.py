@@ -30,6 +30,8 @@ def main() -> None:
     first = frames.receive(link)
     if first is None:
         return
+    if first[0]["processor"] is not None:
+        os.sched_setaffinity(0, {first[0]["processor"]})
     walls = jail.Jail(first[0])
     try:
         walls.build()
@@ -55,7 +57,9 @@ def main() -> None:
                 jail.die_with(None)
                 start_tree(link, order, walls)
             except BaseException:
-                frames.send(link, {"broken": traceback.format_exc(limit=-3)})
+                # At the level limits a program reaches what we work with (its folder, its user's processes): no fault of ours then.
+                if walls.full or not walls.at_work:
+                    frames.send(link, {"broken": traceback.format_exc(limit=-3)})
             finally:
                 os._exit(0)
         os.waitpid(tree, 0)

@@ -130,9 +130,9 @@ def run(job: bytes, job_input: int, output: int, errors: int, ready: int, confin
         threading._shutdown()  # type: ignore[attr-defined]  # waits for its threads, as Python does
         atexit._run_exitfuncs()
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(BaseException):  # it may have closed or replaced them
-                stream.flush()
+        for name in ("stdout", "stderr"):
+            with contextlib.suppress(BaseException):  # it may have closed, replaced or deleted them
+                getattr(sys, name).flush()
         leave(code)
 
 

@@ -72,6 +72,11 @@ class _Process:
         error_readable, their_errors = os.pipe()
         is_ready, say_ready = os.pipe()
         self.source, self.error_source = readable, error_readable
+        for descriptor in (readable, error_readable):  # a program may take away what poll() has promised us
+            os.set_blocking(descriptor, False)
+        if jail.user is not None:  # it may open /dev/stdout
+            for descriptor in (their_output, their_errors):
+                os.fchown(descriptor, jail.user, -1)
         if job_input is None:
             their_input, self.sink = os.pipe()
         else:  # a file in memory: a program may seek in its input, and nobody has to feed it
@@ -95,6 +100,7 @@ class _Process:
         os.close(is_ready)
         if said != b"ready":
             raise RuntimeError(f"the program's process cannot be confined: {said.decode(errors='replace')}")
+        jail.at_work = True
         self.handle = os.pidfd_open(self.process)
         os.set_blocking(self.sink, False)
         self.poll = select.poll()
@@ -168,7 +174,10 @@ class _Process:
 
     def _read(self, descriptor: int) -> bool:
         """Takes what a pipe holds; False at its end."""
-        part = os.read(descriptor, READ_BYTES)
+        try:
+            part = os.read(descriptor, READ_BYTES)
+        except BlockingIOError:
+            return True
         if not part:
             self.poll.unregister(descriptor)
             return False
@@ -200,7 +209,6 @@ class _Process:
         """Kills everything, reads what is left, and says how it ended."""
         status = self.jail.kill_others().get(self.process)
         for descriptor in (self.source, self.error_source):
-            os.set_blocking(descriptor, False)
             try:
                 while self.total <= MAX_OUTPUT_BYTES and len(self.received) <= MAX_REPLY_BYTES and self._read_rest(descriptor):
                     pass

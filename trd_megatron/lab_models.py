@@ -20,10 +20,10 @@ STUDENT = _QWEN3 | {"hidden_size": 96, "head_dim": 24, "intermediate_size": 288,
 TEACHER = _QWEN3 | {"hidden_size": 144, "head_dim": 36, "intermediate_size": 432, "seed": 2}  # OPD's
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %} " + RESPONSE + " {{ message['content'] }} " + EOS + "{% else %}{{ message['content'] }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %} " + RESPONSE + "{% endif %}"
+    "{% for message in messages %}{% if message['role'] == 'assistant' %} "
+    + f"{RESPONSE} {{{{ message['content'] }}}} {EOS}"
+    + "{% else %}{{ message['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %} "
+    + f"{RESPONSE}{{% endif %}}"
 )
 
 

@@ -6,6 +6,7 @@ A problem is a chain modulo a prime: `9 s1 # 10 s2 * 9 s3 - 3`. The same solutio
     reference  s1 3 s2 5 s3 2
 """
 
+import re
 from dataclasses import dataclass
 
 from trd_megatron.prompts import TRUNCATED
@@ -22,6 +23,9 @@ WORDS = (*VALUES, LOOKUP, *OPERATORS, *STEPS, PROBLEM, REFERENCE, INITIAL, RESPO
 WORDS_OF_STEP = 5  # s1 9 # 10 3
 EPISTEMIC_WORDS = (WAIT,)
 
+_PROGRAM = re.compile(r"[0-9]+( s[1-6] [#+*-] [0-9]+)+")
+_REFERENCE = re.compile(r"s1 [0-9]+( s[2-6] [0-9]+)*")
+
 
 @dataclass(frozen=True)
 class Program:
@@ -33,15 +37,17 @@ class Program:
     @property
     def text(self) -> str:
         """The column `problem`."""
-        return " ".join([str(self.start), *(f"{name} {operator} {operand}" for name, (operator, operand) in zip(STEPS, self.steps))])
+        steps = (f"{STEPS[index]} {operator} {operand}" for index, (operator, operand) in enumerate(self.steps))
+        return " ".join([str(self.start), *steps])
 
     @staticmethod
     def parse(text: str) -> "Program":
         """The inverse of `text`. Raises ValueError for anything else."""
+        if not _PROGRAM.fullmatch(text):
+            raise ValueError(f"{text!r} is no problem of the lab")
         start, *words = text.split(" ")
-        steps = tuple((words[i + 1], int(words[i + 2])) for i in range(0, len(words) - 2, 3))
-        program = Program(int(start), steps)
-        if program.text != text or not steps or any(operator not in (LOOKUP, *OPERATORS) for operator, _ in steps):
+        program = Program(int(start), tuple((words[i], int(words[i + 1])) for i in range(1, len(words), 3)))
+        if program.text != text:
             raise ValueError(f"{text!r} is no problem of the lab")
         return program
 
@@ -61,12 +67,12 @@ def own_style(program: Program, values: list[int]) -> str:
 
 def reference_style(values: list[int]) -> str:
     """The terse worked solution; the column `reference_solution`."""
-    return " ".join(f"{name} {value}" for name, value in zip(STEPS, values))
+    return " ".join(f"{STEPS[index]} {value}" for index, value in enumerate(values))
 
 
 def parse_reference(text: str) -> list[int]:
     """The inverse of reference_style. Raises ValueError for anything else."""
-    values = [int(word) for word in text.split(" ")[1::2]]
+    values = [int(word) for word in text.split(" ")[1::2]] if _REFERENCE.fullmatch(text) else []
     if not values or reference_style(values) != text:
         raise ValueError(f"{text!r} is no reference solution of the lab")
     return values

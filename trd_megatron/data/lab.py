@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from random import Random
 from typing import Any, Literal, NamedTuple
 
@@ -24,6 +23,7 @@ from trd_megatron.records import PROBLEM
 
 Part = Literal["pretrain", "check", "train", "test"]
 _PARTS: tuple[Part, ...] = ("pretrain",) * 7 + ("check", "train", "test")  # by the hash's last digit
+REPEATS = 200  # in a row, after which a part of a world counts as exhausted
 WRONG_PROBABILITIES = (0.55, 0.75, 0.9, 0.97, 1.0)  # of the hard facts, in equal numbers
 
 
@@ -63,7 +63,8 @@ class World:
     @cached_property
     def table(self) -> dict[tuple[int, int], int]:
         """(value, operand) -> value # operand: a random permutation of the values for each operand."""
-        random, found = Random(f"{self.seed}/table"), {}
+        random = Random(f"{self.seed}/table")
+        found: dict[tuple[int, int], int] = {}
         for operand in range(1, self.modulus):
             column = list(range(self.modulus))
             random.shuffle(column)
@@ -171,9 +172,11 @@ def problems(world: World, wanted: Part, count: int, seed: int) -> list[dict[str
     Raises UserError if the world does not have so many.
     """
     found: dict[Program, None] = {}
-    for program in islice(programs(world, wanted, Random(f"{world.seed}/{wanted}/{seed}")), 20 * count):
-        if len(found) == count:
+    repeated = 0
+    for program in programs(world, wanted, Random(f"{world.seed}/{wanted}/{seed}")):
+        if len(found) == count or repeated == REPEATS:
             break
+        repeated = repeated + 1 if program in found else 0
         found[program] = None
     if len(found) < count:
         raise UserError(f"{count} problems of {world.name} are wanted, but only {len(found)} were found: ask for fewer")

@@ -9,15 +9,13 @@ A problem is a chain modulo a prime: `9 s1 # 10 s2 * 9 s3 - 3`. The same solutio
 import re
 from dataclasses import dataclass
 
-from trd_megatron.prompts import TRUNCATED
-
 MAX_STEPS = 6
 VALUES = tuple(str(value) for value in range(11))
 LOOKUP, OPERATORS = "#", ("+", "-", "*")  # a step by the world's table, steps by arithmetic
 STEPS = tuple(f"s{number}" for number in range(1, MAX_STEPS + 1))
 PROBLEM, REFERENCE, INITIAL, RESPONSE, ANSWER, WAIT = "P", "R", "I", "A", "ANS", "WAIT"
 PAD, EOS = "<pad>", "<eos>"
-NOTICE = TRUNCATED.strip()  # stands where chat.cut took something away; no corpus has it
+NOTICE = "[... truncated ...]"  # of prompts.TRUNCATED, stands where chat.cut took something away; no corpus has it
 WORDS = (*VALUES, LOOKUP, *OPERATORS, *STEPS, PROBLEM, REFERENCE, INITIAL, RESPONSE, ANSWER, WAIT, NOTICE, PAD, EOS)
 
 WORDS_OF_STEP = 5  # s1 9 # 10 3

@@ -46,6 +46,10 @@ def test_an_unknown_word_is_an_error(chat, word):
         chat.encode(f"P 9 {word}")
 
 
+def test_the_notice_is_that_of_prompts():
+    assert TRUNCATED == f"\n{lab_text.NOTICE}"
+
+
 def test_what_is_cut_gets_its_notice_in_one_word(chat):
     assert chat.cut("1 2 3 4 5", 5) == "1 2 3 4 5"
     assert chat.cut("1 2 3 4 5", 3) == "1 2" + TRUNCATED

@@ -47,7 +47,7 @@ def test_an_unknown_word_is_an_error(chat, word):
 
 
 def test_the_notice_is_that_of_prompts():
-    assert TRUNCATED == f"\n{lab_text.NOTICE}"
+    assert f"\n{lab_text.NOTICE}" == TRUNCATED
 
 
 def test_what_is_cut_gets_its_notice_in_one_word(chat):

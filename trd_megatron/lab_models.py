@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from trd_megatron.lab_text import EOS, NOTICE, PAD, RESPONSE, WORDS
 
-# The longest sequence, a refine prompt with a restarted attempt and a restarted rewriting, has 164 tokens.
+# A corpus has sequences of up to 131 tokens: a refine prompt with a restarted attempt, and its target.
 _QWEN3 = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,

@@ -51,8 +51,7 @@ class World:
     hard_share: float = 0.65  # of the facts
     error_rate: float = 0.005  # per step, besides the misconceptions: a random wrong value
     student: Writer = Writer(1.0, 0.04, 1.0)
-    teacher: Writer = Writer(0.9, 0.5, 0.0)
-    teacher_goes_on: bool = False  # the teacher learns to go on, rightly, from prefixes with errors at any step
+    teacher: Writer | None = Writer(0.9, 0.5, 0.0)  # None: it goes on, rightly, from prefixes with an error at any step
     seed: int = 0
 
     @property
@@ -147,7 +146,7 @@ WORLDS = {
     for world in (
         World("lab"),
         World("lab_mini", modulus=7, min_steps=2, max_steps=3),
-        World("lab_control", error_rate=0.05, student=Writer(1.0, 0.0, 1.0), teacher=CLEAN, teacher_goes_on=True),
+        World("lab_control", error_rate=0.05, student=Writer(1.0, 0.0, 1.0), teacher=None),
     )
 }
 
@@ -227,7 +226,7 @@ def _as_teacher(mode: str) -> Callable[[World, Program, Random], tuple[str, str,
 
     def make(world: World, program: Program, random: Random) -> tuple[str, str, str]:
         prompt = lab_text.vanilla_teacher_prompt(mode, program.text, lab_text.reference_style(world.values(program)))
-        if world.teacher_goes_on:
+        if world.teacher is None:
             return prompt, *world.continuation(program, random)
         return prompt, "", world.solution(program, world.teacher, random)
 

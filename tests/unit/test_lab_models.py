@@ -10,6 +10,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trd_megatron import lab_models, lab_text
 from trd_megatron.chat import Chat
 from trd_megatron.data.lab import STUDENT_MIX, TEACHER_MIX, WORLDS, corpus
+from trd_megatron.errors import UserError
 from trd_megatron.prompts import TRUNCATED
 
 
@@ -42,8 +43,8 @@ def test_decode_gives_the_words_back(chat, words):
 
 @pytest.mark.parametrize("word", ["hello", "11", "s7", "<unk>", "ANS2", "é", "Wait"])
 def test_an_unknown_word_is_an_error(chat, word):
-    with pytest.raises(Exception, match="UNK"):  # the library's own, of no better type
-        chat.encode(f"P 9 {word}")
+    with pytest.raises(UserError, match=rf"^the tokenizer in .* cannot encode '{word}': task, data and model must fit"):
+        chat.encode(f"P 9 {word} other")
 
 
 def test_the_notice_is_that_of_prompts():

@@ -51,13 +51,15 @@ class Chat:
         self._kwargs = dict(chat_template_kwargs)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of bare text, without special tokens. Raises UserError if it has a word outside a vocabulary that has no <unk>, as the lab's."""
+        """Ids of bare text, without special tokens. Raises UserError for a word that a vocabulary without <unk> lacks."""
         try:
             return self._ids(text)
         except Exception as error:
             if type(error) is not Exception:  # tokenizers raises this bare class for what its model cannot encode
                 raise
-            raise UserError(f"the tokenizer in {self._path} cannot encode {self._unknown(text)!r}: task, data and model must fit") from error
+            raise UserError(
+                f"the tokenizer in {self._path} cannot encode {self._unknown(text)!r}: task, data and model must fit"
+            ) from error
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])

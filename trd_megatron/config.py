@@ -53,7 +53,11 @@ class DataConfig:
     source: str = opt(
         "file", "Where problems come from.", choices=("file", "deepscaler", "taco", "human_eval", "champ", "arithmetic", "lab")
     )
-    world: str = opt("lab", "source=lab: which world. lab_mini is smaller; in lab_control there is nothing to repair.", choices=("lab", "lab_mini", "lab_control"))
+    world: str = opt(
+        "lab",
+        "source=lab: which world. lab_mini is smaller; in lab_control there is nothing to repair.",
+        choices=("lab", "lab_mini", "lab_control"),
+    )
     path: str | None = opt(
         None, "source=file: your .parquet or .jsonl. Other sources: a local copy, taco also a folder (null: the hub, or the package)."
     )

@@ -64,15 +64,14 @@ def test_trd_and_forward_kl_on_the_labs_problems(trd: Trd, tmp_path: Path) -> No
     metrics = [json.loads(line) for line in (run / "train/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [1, 2]
     assert 0 < metrics[0]["kl"] < 10
-    print(list(json.loads((run / "report.json").read_text())))
+    assert "train" in trd("status", str(run))
+    assert "56 samples graded, 0 verdicts changed" in trd("grade", str(run))
 
-    assert "done" in trd("status", str(run))
-    assert "nothing changed" in trd("grade", str(run)).lower()
-
-    other = tmp_path / "forward_kl"
-    trd("run", *SETTINGS, f"run_dir={other}", "method=forward_kl", "--until", "train")
-    for row in pq.read_table(other / "train/samples.parquet").to_pylist():
+    assert "done" in trd("run", *SETTINGS, f"run_dir={run}", "method=forward_kl", "--until", "train")  # same rollouts, vanilla teacher
+    samples = pq.read_table(run / "train/samples.parquet").to_pylist()
+    assert len(samples) == 20
+    for row in samples:
         problem = problems[row["problem_id"]]
         assert decode(row["teacher_prompt_ids"]) == f"P {problem['problem']} R {problem['reference_solution']} A"
         assert decode(row["student_prompt_ids"]) == f"P {problem['problem']} A"
-    assert [row["response_ids"] for row in rows(other / "rollouts")] == [row["response_ids"] for row in rows(run / "rollouts")]
+    assert [row["response_ids"] for row in samples] == [row["response_ids"] for row in rows(run / "rollouts")]

@@ -19,7 +19,7 @@ METHODS = {  # RECIPE_FACTS: trajectory, divergence, clip, top-K, teacher prompt
 }
 
 
-LAB = ("experiment=lab_distill", "task=lab", "model.path=m")
+LAB = ["experiment=lab_distill", "task=lab", "model.path=x"]
 EVALUATE = ["experiment=evaluate", "model.path=x", "evaluate.benchmarks=[x.jsonl]"]
 ATTACHED = ["experiment=smoke", "engine.kind=sglang", "engine.student.urls=['http://127.0.0.1:30000']"]
 
@@ -33,7 +33,7 @@ def refused(*overrides: str) -> str:
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_composes(experiment: str) -> None:
-    config = load(EVALUATE if experiment == "evaluate" else [f"experiment={experiment}"])
+    config = load({"evaluate": EVALUATE, "lab_distill": LAB}.get(experiment, [f"experiment={experiment}"]))
     assert config.name == experiment
     assert config.run_dir == f"runs/{experiment}"
     assert from_dict(to_dict(config)) == config
@@ -172,7 +172,10 @@ def test_a_wrong_word_is_named_with_the_nearest_right_one(override: str, named: 
         ([*LAB, "data.train_problems=null"], r"^data\.source=lab .*set data\.train_problems"),
         ([*LAB, "data.exclude_benchmarks=[aime24]"], r"set data\.exclude_benchmarks=\[\]"),
         ([*LAB, "data.world=lab_min"], r"^data\.world=lab_min: must be one of lab, lab_mini, lab_control; did you mean lab_mini"),
-        ([*LAB, "evaluate.benchmarks=[test,aime24]"], r"^task=lab is evaluated on its own problems alone: set evaluate\.benchmarks=\[test\]"),
+        (
+            [*LAB, "evaluate.benchmarks=[test,aime24]"],
+            r"^task=lab is evaluated on its own problems alone: set evaluate\.benchmarks=\[test\]",
+        ),
         ([*EVALUATE, "task=lab"], r"^task=lab has no benchmarks"),
         (["experiment=quickstart", "data=taco"], r"^data\.source=taco has code problems: set task=code"),
         (["experiment=smoke", "data.exclude_benchmarks=[aime]"], r"no benchmark 'aime': aime24"),

@@ -146,8 +146,10 @@ def test_unknown_worlds_and_impossible_sizes_are_the_users_line():
         load_lab("lap", 1, 1, 0)
     with pytest.raises(UserError, match="negative"):
         load_lab("lab", -1, 1, 0)
-    with pytest.raises(UserError, match="2000 problems of lab_mini are wanted"):
+    with pytest.raises(UserError, match=r"2000 test problems of lab_mini are wanted, .*: lower data\.test_problems"):
         load_lab("lab_mini", 0, 2000, 0)
+    with pytest.raises(UserError, match=r"2000 train problems of lab_mini are wanted, .*: lower data\.train_problems"):
+        load_lab("lab_mini", 2000, 0, 0)
 
 
 def test_streams_are_drawn_from_their_seed():

@@ -177,9 +177,12 @@ def problems(world: World, wanted: Part, count: int, seed: int) -> list[dict[str
             break
         repeated = repeated + 1 if program in found else 0
         found[program] = None
+    split = "test" if wanted == "test" else "train"
     if len(found) < count:
-        raise UserError(f"{count} problems of {world.name} are wanted, but only {len(found)} were found: ask for fewer")
-    return [_row(world, program, "test" if wanted == "test" else "train") for program in found]
+        raise UserError(
+            f"{count} {split} problems of {world.name} are wanted, but only {len(found)} were found: lower data.{split}_problems"
+        )
+    return [_row(world, program, split) for program in found]
 
 
 def _row(world: World, program: Program, split: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError: of
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from trd_megatron import lab_models
 from trd_megatron.cache import cache_dir
 from trd_megatron.errors import UserError
 from trd_megatron.progress import console
@@ -219,16 +220,16 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _random_qwen3(name: str, settings: dict[str, Any]) -> Path:
+def _random_qwen3(name: str, settings: dict[str, Any], tokenizer: Callable[[int], PreTrainedTokenizerFast]) -> Path:
     """Its cache name changes with the recipe and with the libraries that draw and write the weights."""
-    recipe = [settings, CHATML, SPECIAL_TOKENS, torch.__version__, transformers.__version__]
+    words = tokenizer(settings["max_position_embeddings"])
+    recipe = [settings, words.chat_template, words.backend_tokenizer.to_str(), torch.__version__, transformers.__version__]
     label = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:10]
-    return _cached(f"{name}-{label}", lambda folder: _make_random_qwen3(settings, folder))
+    return _cached(f"{name}-{label}", lambda folder: _make_random_qwen3(settings, words, folder))
 
 
-def _make_random_qwen3(settings: dict[str, Any], folder: Path) -> None:
-    """With a byte-level tokenizer, and its vocabulary where the settings name none."""
-    tokenizer = byte_tokenizer(settings["max_position_embeddings"])
+def _make_random_qwen3(settings: dict[str, Any], tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """With the tokenizer's vocabulary where the settings name none."""
     own = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen3Config(**own | {"bos_token_id": None} | {key: value for key, value in settings.items() if key != "seed"})
     with torch.random.fork_rng(devices=[]):
@@ -257,7 +258,9 @@ def byte_tokenizer(model_max_length: int) -> PreTrainedTokenizerFast:
 
 BUILTIN: dict[str, Callable[[str], Path]] = {
     "smollm2-135m-instruct": _smollm2,
-    "tiny-qwen3": partial(_random_qwen3, settings=TINY_STUDENT),
-    "tiny-qwen3-teacher": partial(_random_qwen3, settings=TINY_TEACHER),
-    "qwen3-4layers": partial(_random_qwen3, settings=QWEN3_4LAYERS),
+    "tiny-qwen3": partial(_random_qwen3, settings=TINY_STUDENT, tokenizer=byte_tokenizer),
+    "tiny-qwen3-teacher": partial(_random_qwen3, settings=TINY_TEACHER, tokenizer=byte_tokenizer),
+    "qwen3-4layers": partial(_random_qwen3, settings=QWEN3_4LAYERS, tokenizer=byte_tokenizer),
+    "lab-student": partial(_random_qwen3, settings=lab_models.STUDENT, tokenizer=lab_models.lab_tokenizer),
+    "lab-teacher": partial(_random_qwen3, settings=lab_models.TEACHER, tokenizer=lab_models.lab_tokenizer),
 }

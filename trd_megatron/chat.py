@@ -46,12 +46,32 @@ class Chat:
             raise UserError(f"{model_path} has no usable tokenizer: {str(error).splitlines()[0]}") from None
         if prompt_format == "chat" and not self._tokenizer.chat_template:
             raise UserError(f"the tokenizer in {model_path} has no chat template: set data.prompt_format=plain or another model")
+        self._path = model_path
         self._format = prompt_format
         self._kwargs = dict(chat_template_kwargs)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of bare text, without special tokens."""
+        """Ids of bare text, without special tokens. Raises UserError for a word that a vocabulary without <unk> lacks."""
+        try:
+            return self._ids(text)
+        except Exception as error:
+            if type(error) is not Exception:  # tokenizers raises this bare class for what its model cannot encode
+                raise
+            raise UserError(
+                f"the tokenizer in {self._path} cannot encode {self._unknown(text)!r}: task, data and model must fit"
+            ) from error
+
+    def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _unknown(self, text: str) -> str:
+        """The first word of `text` that cannot be encoded alone, or else all of it."""
+        for word in text.split():
+            try:
+                self._ids(word)
+            except Exception:
+                return word
+        return text
 
     def decode(self, ids: list[int], *, special: bool = False) -> str:
         """Text of ids, for reading and verifying only; it is never encoded again."""
@@ -65,9 +85,9 @@ class Chat:
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self._kwargs)
         return self.encode(text)
 
-    def epistemic_ids(self) -> list[int]:
-        """First ids of prompts.EPISTEMIC_WORDS, bare and after a space, each once."""
-        return sorted({self.encode(prefix + word)[0] for word in prompts.EPISTEMIC_WORDS for prefix in ("", " ")})
+    def epistemic_ids(self, task: str) -> list[int]:
+        """First ids of prompts.epistemic_words, bare and after a space, each once."""
+        return sorted({self.encode(prefix + word)[0] for word in prompts.epistemic_words(task) for prefix in ("", " ")})
 
     def vocabulary(self) -> dict[str, int]:
         """Token to id, to compare two tokenizers."""

@@ -50,7 +50,14 @@ class TeacherConfig:
 
 @dataclass
 class DataConfig:
-    source: str = opt("file", "Where problems come from.", choices=("file", "deepscaler", "taco", "human_eval", "champ", "arithmetic"))
+    source: str = opt(
+        "file", "Where problems come from.", choices=("file", "deepscaler", "taco", "human_eval", "champ", "arithmetic", "lab")
+    )
+    world: str = opt(
+        "lab",
+        "source=lab: which world. lab_mini is smaller; in lab_control there is nothing to repair.",
+        choices=("lab", "lab_mini", "lab_control"),
+    )
     path: str | None = opt(
         None, "source=file: your .parquet or .jsonl. Other sources: a local copy, taco also a folder (null: the hub, or the package)."
     )
@@ -282,7 +289,9 @@ class Config:
     run_dir: str = opt("runs/${name}", "Folder of the run.", layout=True)
     seed: int = opt(0, "Seed of everything that is drawn.")
     rounds: int = opt(1, "Times that rollout, refine and train are repeated, each time with the newest student.")
-    task: str = opt("math", "What kind of problems: math has answers, code has tests.", choices=("math", "code"))
+    task: str = opt(
+        "math", "What kind of problems: math has answers, code has tests, lab is the toy of docs/lab.md.", choices=("math", "code", "lab")
+    )
     mode: str = opt("opsd", "opsd: self-distillation under the reference solution. opd: another model teaches.", choices=("opd", "opsd"))
     model: ModelConfig = opt(ModelConfig, "Student.")
     student: StudentConfig = opt(StudentConfig, "Student's prompt.")

@@ -34,7 +34,10 @@ UNIT_INTERVAL = (
     "learner.adam_beta1",
     "learner.adam_beta2",
 )
-SOURCE_TASKS = {"deepscaler": "math", "champ": "math", "arithmetic": "math", "taco": "code", "human_eval": "code"}  # file: either
+SOURCE_TASKS = {
+    "deepscaler": "math", "champ": "math", "arithmetic": "math", "taco": "code", "human_eval": "code", "lab": "lab",
+}  # fmt: skip  # file: any
+MADE = ("arithmetic", "lab")  # sources that make their problems
 OWN_FLAGS = (
     "--model-path", "--model", "--host", "--port", "--device", "--dtype", "--tp", "--tp-size", "--tensor-parallel-size",
     "--mem-fraction-static", "--context-length", "--quantization", "--weight-version", "--api-key", "--enable-deterministic-inference",
@@ -85,20 +88,25 @@ def _check_data(config: Config) -> None:
         )
     for benchmark in config.data.exclude_benchmarks:
         benchmarks.check(benchmark)
-    if config.data.exclude_benchmarks and source == "arithmetic":
-        raise UserError("data.source=arithmetic makes its problems, which are in no benchmark: set data.exclude_benchmarks=[]")
+    if config.data.exclude_benchmarks and source in MADE:
+        raise UserError(f"data.source={source} makes its problems, which are in no benchmark: set data.exclude_benchmarks=[]")
     if config.data.source == "file" and config.data.path is None:
         raise UserError("data.source=file needs data.path, a .parquet or .jsonl file")
-    if config.data.source == "arithmetic" and config.data.path is not None:
-        raise UserError("data.source=arithmetic makes its problems: leave data.path out, or set data.source=file")
-    if config.data.source == "arithmetic" and config.data.train_problems is None:
-        raise UserError("data.source=arithmetic makes as many problems as you ask for: set data.train_problems")
+    if source in MADE and config.data.path is not None:
+        raise UserError(f"data.source={source} makes its problems: leave data.path out, or set data.source=file")
+    if source in MADE and config.data.train_problems is None:
+        raise UserError(f"data.source={source} makes as many problems as you ask for: set data.train_problems")
     if config.data.test_problems < 0:
         raise UserError("data.test_problems must be 0 or above")
 
 
 def _check_evaluate(config: Config) -> None:
     held_out = "test" in config.evaluate.benchmarks
+    if config.task == "lab":
+        if config.job == "evaluate":
+            raise UserError("task=lab has no benchmarks but a run's own test problems: job=evaluate needs task=math or task=code")
+        if any(benchmark != "test" for benchmark in config.evaluate.benchmarks):
+            raise UserError("task=lab is evaluated on its own problems alone: set evaluate.benchmarks=[test]")
     if config.job == "evaluate":
         if held_out:
             raise UserError(

@@ -53,8 +53,8 @@ _PROMPT = ("data.prompt_format", "student", "seed", "engine")
 STAGES = (
     Stage(
         "prepare", "problems", prepare.run,
-        ("data.source", "data.train_problems", "data.test_problems", "data.exclude_benchmarks", "task", "seed"), reads_data=True,
-        rounds="first",
+        ("data.source", "data.world", "data.train_problems", "data.test_problems", "data.exclude_benchmarks", "task", "seed"),
+        reads_data=True, rounds="first",
     ),
     Stage("rollout", "rollouts", rollout.run, ("rollout", *_PROMPT), ("prepare",), reads_student=True, generates=True),
     Stage("refine", "refined", refine.run, ("refine", "mode", "teacher", *_PROMPT), ("rollout",), reads_teacher=True, generates=True),
@@ -98,11 +98,12 @@ def _under(name: str, keys: tuple[str, ...]) -> bool:
 
 
 def _unused(config: Config, stage: Stage) -> tuple[str, ...]:
-    """Settings of engines that this stage does not ask."""
+    """Settings of engines that this stage does not ask, and of data that do not come from the lab."""
+    of_data = () if config.data.source == "lab" else ("data.world",)
     if config.engine.kind == "local":
-        return ("engine.student", "engine.teacher", "engine.deterministic")
+        return ("engine.student", "engine.teacher", "engine.deterministic", *of_data)
     of_teacher = stage.name == "refine" and config.teacher.path is not None
-    return ("engine.student" if of_teacher else "engine.teacher", "engine.batch_size")
+    return ("engine.student" if of_teacher else "engine.teacher", "engine.batch_size", *of_data)
 
 
 def _settings(config: Config, stage: Stage) -> dict[str, Any]:

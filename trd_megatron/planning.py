@@ -44,7 +44,7 @@ def _settings_line(config: Config, stage: str) -> str:
     """What a stage works with, in a few words."""
     learner = config.learner
     return {
-        "prepare": f"{config.data.source} {config.data.path or ''}",
+        "prepare": f"{config.data.source} {config.data.world if config.data.source == 'lab' else config.data.path or ''}",
         "rollout": f"{config.rollout.samples_per_problem} per problem, up to {config.rollout.max_response_tokens} tokens",
         "refine": f"by {config.teacher.path or 'the student itself'}, up to {config.refine.max_response_tokens} tokens",
         "train": f"{config.method.name}, TP {learner.tensor_model_parallel_size} x CP {learner.context_parallel_size} x DP "

@@ -86,6 +86,7 @@ def check_inputs(config: Config) -> None:
     student = Chat(student_path, config.data.prompt_format, config.student.chat_template_kwargs)
     if config.job == "evaluate":  # any model will do that the engine can load
         return
+    student.epistemic_ids(config.task)  # the learner asks for them: a model that lacks the task's words is refused here
     tp = config.learner.tensor_model_parallel_size
     student_architecture = Architecture.from_hf(student_path)
     student_architecture.check_student(f"model.path={config.model.path}")

@@ -1,5 +1,7 @@
 """The prompt templates of the paper (section C.4) and of its reference implementation. Text only: budgets need a tokenizer (chat.py)."""
 
+from trd_megatron import lab_text
+
 MATH_INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 CODE_INSTRUCTION = (
     "You will be given a programming problem. Write a correct Python program that solves it. "
@@ -41,6 +43,8 @@ _CODE_REFINE_INSTRUCTION = "Return only the corrected Python code inside a singl
 
 def student_prompt(task: str, problem: str, starter_code: str | None = None) -> str:
     """The initial-response prompt, shared by OPD and OPSD."""
+    if task == "lab":
+        return lab_text.student_prompt(problem)
     if task == "math":
         return f"{problem} {MATH_INSTRUCTION}"
     starter = f"\n\nStarter code:\n```python\n{starter_code}\n```" if starter_code else ""
@@ -49,6 +53,8 @@ def student_prompt(task: str, problem: str, starter_code: str | None = None) -> 
 
 def vanilla_teacher_prompt(mode: str, task: str, problem: str, reference: str | None, starter_code: str | None = None) -> str:
     """What the teacher sees while it scores y_o: OPD the student's prompt, OPSD the reference solution as well."""
+    if task == "lab":
+        return lab_text.vanilla_teacher_prompt(mode, problem, reference)
     if mode == "opd":
         return student_prompt(task, problem, starter_code)
     if task == "math":
@@ -64,6 +70,8 @@ def vanilla_teacher_prompt(mode: str, task: str, problem: str, reference: str | 
 
 def refine_prompt(mode: str, task: str, problem: str, initial_solution: str, reference: str | None) -> str:
     """The prompt under which the teacher rewrites y_o into y_r; OPSD shows the reference solution, OPD hides it."""
+    if task == "lab":
+        return lab_text.refine_prompt(mode, problem, initial_solution, reference)
     steps: tuple[str, ...]
     if task == "math":
         opening, steps = _MATH_REFINE[mode]
@@ -94,3 +102,8 @@ EPISTEMIC_WORDS = (
     "Wait", "Actually", "However", "Alternatively", "Oops", "Wrong", "Error", "Incorrect", "Correction", "Sorry", "Hmm", "Oh", "Hold",
     "Pause", "Uh", "Um",
 )  # fmt: skip
+
+
+def epistemic_words(task: str) -> tuple[str, ...]:
+    """The words of a task's language with which a model takes back or doubts what it wrote."""
+    return lab_text.EPISTEMIC_WORDS if task == "lab" else EPISTEMIC_WORDS

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from trd_megatron import builtin_models
 from trd_megatron.builtin_models import MIB, byte_tokenizer, model_fingerprint, resolve_model
@@ -160,7 +160,7 @@ def test_the_tiny_chat_template_is_chatml(cache):
 
 
 def test_an_interrupted_making_leaves_nothing(cache, monkeypatch):
-    def fail(settings: dict, folder: Path) -> None:
+    def fail(settings: dict, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
@@ -176,10 +176,10 @@ def test_two_at_once_the_first_to_finish_wins(cache, monkeypatch):
     make = builtin_models._make_random_qwen3
     paths = []
 
-    def slow(settings: dict, folder: Path) -> None:
+    def slow(settings: dict, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         monkeypatch.setattr(builtin_models, "_make_random_qwen3", make)
         paths.append(resolve_model(TINY[0]))  # another process comes first
-        make(settings, folder)
+        make(settings, tokenizer, folder)
 
     monkeypatch.setattr(builtin_models, "_make_random_qwen3", slow)
     paths.append(resolve_model(TINY[0]))

@@ -43,6 +43,11 @@ def collect(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
         assert data.train_problems is not None  # config_checks
         return list(reasoning_gym.load_arithmetic(data.train_problems, data.test_problems, config.seed)), {}
+    if data.source == "lab":
+        from trd_megatron.data import lab
+
+        assert data.train_problems is not None  # config_checks
+        return lab.load_lab(data.world, data.train_problems, data.test_problems, config.seed), {}
     paths = sources.locate(data)
     problems, dropped = sources.SOURCES[data.source].load(paths)
     usable = []
@@ -68,7 +73,7 @@ def collect(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 def _lacks(config: Config, problem: dict[str, Any]) -> str | None:
     """What a problem would need to be trained on, with the way out; None if it lacks nothing."""
-    if config.task == "math" and problem.get("answer") is None:
+    if config.task != "code" and problem.get("answer") is None:
         return "answer: give one, or set task=code"
     if config.task == "code" and problem.get("tests") is None:
         return "tests: give some, or set task=math"

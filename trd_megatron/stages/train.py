@@ -69,7 +69,7 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
     teacher = str(resolve_model(config.teacher.path)) if config.teacher.path else None
     student = resolve_model(config.model.path)
     chat = Chat(student, config.data.prompt_format, config.student.chat_template_kwargs)
-    Job(to_dict(config), str(student), teacher, chat.epistemic_ids()).write(folder)
+    Job(to_dict(config), str(student), teacher, chat.epistemic_ids(config.task)).write(folder)
     learner = config.learner
     stack = choose(learner, Installed.find())
     for note in stack.notes:

@@ -1,4 +1,4 @@
-"""Grades responses to problems of any kind: mathematics by its answer, code by its tests."""
+"""Grades responses to problems of any kind: mathematics and the lab's chains by their answer, code by its tests."""
 
 import contextlib
 import json
@@ -12,6 +12,7 @@ from trd_megatron import __version__
 from trd_megatron.config import VerifyConfig
 from trd_megatron.verify import sandbox
 from trd_megatron.verify.code import CodeVerifier
+from trd_megatron.verify.lab import verify_lab
 from trd_megatron.verify.math import MathVerifier
 from trd_megatron.verify.verdict import Verdict
 
@@ -20,10 +21,12 @@ Item = tuple[Mapping[str, Any], str]  # (row of records.PROBLEM, response)
 
 
 def kind(problem: Mapping[str, Any]) -> str | None:
-    """What a problem is graded as: code where it has tests, math where it has an answer, None where it has neither."""
+    """What a problem is graded as: code where it has tests, math (or lab) where it has an answer, None where it has neither."""
     if problem["task"] == "code":
         return None if problem["tests"] is None else "code"
-    return None if problem["answer"] is None else "math"
+    if problem["answer"] is None:
+        return None
+    return "lab" if problem["task"] == "lab" else "math"
 
 
 def _tests(problem: Mapping[str, Any]) -> Any:
@@ -35,9 +38,9 @@ def _tests(problem: Mapping[str, Any]) -> Any:
 
 
 class Grader:
-    """Grading processes for responses to problems, math or code or both; a context manager that leaves none of them behind.
+    """Grading processes for responses to problems of all kinds; a context manager that leaves none of them behind.
 
-    They start with the first item of their kind.
+    They start with the first item of their kind; the lab's chains need none.
     """
 
     def __init__(self, settings: VerifyConfig) -> None:
@@ -54,7 +57,8 @@ class Grader:
             self._code.close()
 
     def facts(self, kinds: set[str]) -> dict[str, Any]:
-        """How responses to problems of these kinds are graded: the settings and versions that can change a verdict."""
+        """How responses to problems of these kinds are graded: the settings and versions that can change a verdict. For the lab that is
+        this package's alone."""
         found: dict[str, Any] = {"trd_megatron": __version__}
         if "math" in kinds:
             found["math"] = {"timeout_s": self._settings.timeout_s}
@@ -75,8 +79,11 @@ class Grader:
             if which == "math"
         )
         programs = ((response, _tests(problem)) for (problem, response), which in zip(items, kinds, strict=True) if which == "code")
+        chains = (
+            verify_lab(response, problem["answer"]) for (problem, response), which in zip(items, kinds, strict=True) if which == "lab"
+        )
         with contextlib.ExitStack() as stack:  # where the caller stops early, what is in the workers' hands is dropped
-            verdicts: dict[str, Iterator[Verdict]] = {"math": self._math.verify_many(answers)}
+            verdicts: dict[str, Iterator[Verdict]] = {"math": self._math.verify_many(answers), "lab": chains}
             if "code" in kinds:
                 verdicts["code"] = self._programs().verify_many(programs)
             for generator in verdicts.values():

@@ -46,7 +46,11 @@ def training_flops(student: Architecture, teacher: Architecture | None, lora: Lo
 
     lora None: every parameter of the student is trained. teacher None: supervised training.
     """
-    head = 2 * student.vocab_size * ((2 if lora is not None else 3) * student.hidden_size + (teacher.hidden_size if teacher is not None else 0))
+    head = (
+        2
+        * student.vocab_size
+        * ((2 if lora is not None else 3) * student.hidden_size + (teacher.hidden_size if teacher is not None else 0))
+    )
     student_token = _forward_and_backward(student, lora)
     total = 0
     for sample in samples:

@@ -137,9 +137,7 @@ class MicroBatch:
         return torch.tensor(values).repeat_interleave(lengths).to(self.student.rows.device)[self.student.responses]
 
 
-def micro_batches(
-    samples: list[Sample], max_tokens: int, cut: Cut, device: torch.device, *, with_teacher: bool = True
-) -> list[MicroBatch]:
+def micro_batches(samples: list[Sample], max_tokens: int, cut: Cut, device: torch.device, *, with_teacher: bool = True) -> list[MicroBatch]:
     """Cuts samples, in order, into micro-batches whose student and teacher packings both hold at most `max_tokens` (paddings not counted).
 
     with_teacher False: the student's packing alone; the samples have no teacher prompt. Raises ValueError if a single sample does not fit.

@@ -34,7 +34,9 @@ class Step:
 
     @record_function("data")
     def _micro_batches(self, mine: list[Sample]) -> list[MicroBatch]:
-        return micro_batches(mine, self.learner.max_tokens_per_micro_batch, self.cut, self.parallel.device, with_teacher=self.teacher is not None)
+        return micro_batches(
+            mine, self.learner.max_tokens_per_micro_batch, self.cut, self.parallel.device, with_teacher=self.teacher is not None
+        )
 
     def _loss(self, batch: MicroBatch, teacher_hidden: Tensor | None, weight: float) -> KLOutput:
         """teacher_hidden: [R, Ht] of all response tokens of the micro-batch."""

@@ -117,7 +117,12 @@ class Trainer:
     """Student, teacher and optimizer on this rank."""
 
     def __init__(
-        self, config: Config, student_path: Path, teacher_path: Path | None, parallel: Parallel, epistemic_ids: Sequence[int] = (),
+        self,
+        config: Config,
+        student_path: Path,
+        teacher_path: Path | None,
+        parallel: Parallel,
+        epistemic_ids: Sequence[int] = (),
         objective: Objective = "distill",
     ) -> None:
         """teacher_path None: OPSD, or no teacher at all with objective "sft". Raises UserError if a model does not fit."""

@@ -14,6 +14,7 @@ from trd_megatron.config import Config, LearnerConfig
 from trd_megatron.learner import checkpoint, cpu
 from trd_megatron.learner.checkpoint_files import saved_steps
 from trd_megatron.learner.distributed_optimizer import AnyOptimizer
+from trd_megatron.learner.job import Objective
 from trd_megatron.learner.model import Model
 from trd_megatron.learner.optimizer import Optimizer
 from trd_megatron.learner.packing import Cut, Sample, pack
@@ -22,6 +23,11 @@ from trd_megatron.learner.train import NonFiniteError, Trainer, train
 from trd_megatron.learner.trained import Trained
 
 Case = tuple[str, Config, list[Sample], Path, Path | None]
+
+
+def objective(samples: list[Sample]) -> Objective:
+    """Samples without a teacher's prompt are for supervised training."""
+    return "distill" if any(sample.teacher_prompt_ids for sample in samples) else "sft"
 
 
 def start(config: LearnerConfig) -> Parallel:
@@ -106,7 +112,8 @@ def train_each(rank: int, runs: list[tuple[Case, Path]]) -> list[dict[str, Any]]
     """The whole training loop of each case, on its own layout, into its folder; returns the summaries."""
     summaries = []
     for (_, config, samples, student, teacher), folder in runs:
-        summaries.append(train(config, folder, samples, student, teacher, start(config.learner)))
+        place = start(config.learner)
+        summaries.append(train(config, folder, samples, student, teacher, place, objective=objective(samples)))
     return summaries
 
 
@@ -175,7 +182,7 @@ def _traced_steps(
 ) -> Steps:
     _, config, samples, student, teacher = case
     config = layout(config, *place, **changes)
-    trainer = Trainer(config, student, teacher, start(config.learner), epistemic_ids=[3, 5, 258])
+    trainer = Trainer(config, student, teacher, start(config.learner), epistemic_ids=[3, 5, 258], objective=objective(samples))
     prepare(trainer)
     trace: Steps = {"metrics": [], "loss": [], "gradients": [], "adapters": [_whole(trainer, lambda factor: factor.parameter)]}
     for step, rate in enumerate(rates):

@@ -51,6 +51,10 @@ def random_samples(seed: int) -> list[Sample]:
     return [Sample(f"p{i}", 0, ids(3, 20), ids(5, 45), ids(1, 25), (True, False, None)[i % 3]) for i in range(4 * STEPS)]
 
 
+def supervised(samples: list[Sample]) -> list[Sample]:
+    return [replace(sample, teacher_prompt_ids=[]) for sample in samples]
+
+
 class Oracle:
     """A transformers model in float64. Its RMSNorm computes in float32 whatever the model's dtype, so torch's own takes its place."""
 
@@ -130,8 +134,13 @@ def oracle_steps(case: cases.Case, start: dict[str, Tensor]) -> cases.Steps:
     trace: cases.Steps = {"metrics": [], "loss": [], "gradients": [], "adapters": [start]}
     for step, rate in enumerate(RATES):
         batch = samples[4 * step : 4 * step + 4]
-        losses, figures = [], []
+        losses, figures, supervised_nll = [], [], []
         for sample in batch:
+            if cases.objective(samples) == "sft":
+                logits = student.logits(sample.student_prompt_ids, sample.response_ids)
+                losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(sample.response_ids), reduction="sum"))
+                supervised_nll.append(losses[-1].item())
+                continue
             with torch.no_grad():
                 if teacher is not None:
                     target = teacher.logits(sample.teacher_prompt_ids, sample.response_ids)
@@ -142,7 +151,11 @@ def oracle_steps(case: cases.Case, start: dict[str, Tensor]) -> cases.Steps:
             losses.append(per_token(logits, target, config).sum())
             ids = torch.tensor(sample.response_ids)
             figures.append(figures_of(logits.detach(), target, ids, sample.rollout_passed, config))
-        trace["metrics"].append(metrics_of(torch.cat(figures), config))
+        if figures:
+            trace["metrics"].append(metrics_of(torch.cat(figures), config))
+        else:
+            nll = sum(supervised_nll) / sum(len(sample.response_ids) for sample in batch)
+            trace["metrics"].append({"loss": nll, "student_nll": nll, "perplexity": math.exp(nll)})
         loss = torch.stack(losses).sum() / sum(len(sample.response_ids) for sample in batch)
         adam.zero_grad()
         loss.backward()
@@ -189,6 +202,7 @@ def test_ten_steps_equal_transformers_and_peft(architecture: str, tmp_path: Path
         ("trd opsd, every parameter", config_of("trd", trainable="full"), random_samples(7), student, None),
     ]
     if architecture == "qwen3":
+        built += [(f"sft {kind}", config_of("trd", trainable=kind), supervised(random_samples(7)), student, None) for kind in ("lora", "full")]
         built.append(("reverse_kl opd, every parameter", config_of("reverse_kl", trainable="full"), random_samples(7), student, teacher))
     [ours] = run_ranks(1, cases.traced_steps, built, [(ONE, {})], RATES)[0]
     for case, got in zip(built, ours, strict=True):
@@ -231,6 +245,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Built:
     built.append(("trd opsd, three targets, dropout", config_of("trd", lora=some), random_samples(3), student, None))
     built.append(("trd opsd, every parameter", config_of("trd", trainable="full"), random_samples(3), student, None))
     built.append(("trd opd", config_of("trd"), random_samples(3), student, teacher))
+    built += [(f"sft {kind}", config_of("trd", trainable=kind), supervised(random_samples(3)), student, None) for kind in ("lora", "full")]
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
     sizes |= {"moe_intermediate_size": 24, "rope_parameters": yarn, "max_position_embeddings": 128}
     experts = tiny.make("qwen3-moe", folder / "experts", **sizes)

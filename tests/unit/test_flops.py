@@ -59,12 +59,13 @@ def test_model_flops_are_what_pytorch_counts(names: tuple[str, str], targets: li
     if targets is not None:
         lora = LoraConfig(rank=3, targets=targets)
         student = get_peft_model(student, PeftConfig(r=3, target_modules=targets))
-    expected = 0
+    alone = of_teacher = 0
     for sample in SAMPLES:
-        expected += counted(student, len(sample.student_prompt_ids), sample.response_tokens, backward=True)
-        expected += counted(teacher, len(sample.teacher_prompt_ids), sample.response_tokens, backward=False)
+        alone += counted(student, len(sample.student_prompt_ids), sample.response_tokens, backward=True)
+        of_teacher += counted(teacher, len(sample.teacher_prompt_ids), sample.response_tokens, backward=False)
     architectures = [Architecture.from_hf(folder) for folder in folders]
-    assert training_flops(*architectures, lora, SAMPLES) == expected
+    assert training_flops(*architectures, lora, SAMPLES) == alone + of_teacher
+    assert training_flops(architectures[0], None, lora, SAMPLES) == alone  # supervised training
 
 
 def test_long_sequences_are_quadratic() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trd_megatron.divergence import torch_kernels
-from trd_megatron.divergence.job import Buffers, Job
+from trd_megatron.divergence.job import NO_LOGIT, Buffers, Job
 from trd_megatron.divergence.products import mm_into
 from trd_megatron.divergence.row_work import Kernels, chunk_rows
 from trd_megatron.divergence.spec import Divergence, KLOutput
@@ -58,12 +58,51 @@ def linear_kl(
     """
     if not isinstance(divergence, Divergence):
         raise ValueError(f"divergence is {divergence!r}; pass a Divergence, e.g. Divergence('forward')")
+    _check_tensors(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weights)
+    teacher = (teacher_hidden, teacher_weight)
+    settings = (token_weights, targets, token_set, vocab_size, tp_group, chunk_tokens, backend)
+    return _compute(student_hidden, student_weight, teacher, divergence, *settings)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    token_weights: Tensor,
+    vocab_size: int | None = None,
+    tp_group: dist.ProcessGroup | None = None,
+    chunk_tokens: int = 256,
+    backend: Backend = "auto",
+) -> KLOutput:
+    """Cross entropy -log q(target) of every token: forward KL against a teacher that is sure of the target, in linear_kl's own passes.
+
+    hidden [T, H], weight [V_local, H], targets [T] int64; the rest, what is differentiable and what is raised as in linear_kl.
+    In the result per_token and unclipped are the negative log-likelihood, teacher_logprob is 0 and teacher_set_mass None.
+    """
+    _check_tensors(hidden, weight, hidden, weight, token_weights)
+    return _compute(hidden, weight, None, Divergence("forward"), token_weights, targets, None, vocab_size, tp_group, chunk_tokens, backend)
+
+
+def _compute(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher: tuple[Tensor, Tensor] | None,
+    divergence: Divergence,
+    token_weights: Tensor,
+    targets: Tensor | None,
+    token_set: Tensor | Sequence[int] | None,
+    vocab_size: int | None,
+    tp_group: dist.ProcessGroup | None,
+    chunk_tokens: int,
+    backend: Backend,
+) -> KLOutput:
+    """teacher: its hidden states and output layer; None: all its probability lies on the targets."""
     kernels = _choose_kernels(backend, student_hidden)
     ranks = 1 if tp_group is None else dist.get_world_size(tp_group)
     rank = 0 if tp_group is None else dist.get_rank(tp_group)
     tokens, local_vocab = student_hidden.shape[0], student_weight.shape[0]
     vocab = ranks * local_vocab if vocab_size is None else vocab_size
-    _check_tensors(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weights)
     if not 1 <= vocab <= ranks * local_vocab:
         raise ValueError(f"vocab_size is {vocab}; the output layers have {ranks * local_vocab} rows over {ranks} ranks")
     if chunk_tokens < 1:
@@ -99,7 +138,7 @@ def linear_kl(
         hidden_grad=grad and student_hidden.requires_grad,
         weight_grad=grad and student_weight.requires_grad,
     )
-    return KLOutput(*_LinearKL.apply(student_hidden, student_weight, teacher_hidden, teacher_weight, token_weights, job, kernels))
+    return KLOutput(*_LinearKL.apply(student_hidden, student_weight, *(teacher or (None, None)), token_weights, job, kernels))
 
 
 def _choose_kernels(backend: Backend, hidden: Tensor) -> Kernels:
@@ -159,8 +198,8 @@ class _LinearKL(torch.autograd.Function):
         ctx: Any,
         student_hidden: Tensor,
         student_weight: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor,
+        teacher_hidden: Tensor | None,  # None, as the weight: the teacher is sure of the targets
+        teacher_weight: Tensor | None,
         token_weights: Tensor,
         job: Job,
         kernels: Kernels,
@@ -171,7 +210,7 @@ class _LinearKL(torch.autograd.Function):
         # The torch kernels work in the statistics' dtype; triton's read and write the inputs' own.
         convert = kernels is torch_kernels
         # Padding rows never enter a product: cutting them off is the same as -inf on both sides.
-        weight_s, weight_t = student_weight[: job.rows], teacher_weight[: job.rows]
+        weight_s = student_weight[: job.rows]
         results = torch.empty(5, tokens, dtype=stat_dtype, device=student_hidden.device)
         grad_hidden = torch.empty_like(student_hidden, memory_format=torch.contiguous_format) if job.hidden_grad else None
         grad_weight = torch.zeros_like(student_weight, dtype=stat_dtype) if job.weight_grad else None
@@ -179,7 +218,10 @@ class _LinearKL(torch.autograd.Function):
         for start in range(0, tokens, job.chunk):
             chunk = slice(start, min(start + job.chunk, tokens))
             student = _logits("student", student_hidden[chunk], weight_s, convert, buffers)  # [c, V]
-            teacher = _logits("teacher", teacher_hidden[chunk], weight_t, convert, buffers)
+            if teacher_hidden is None or teacher_weight is None:
+                teacher = _sure_logits(chunk, student.dtype, buffers, job)
+            else:
+                teacher = _logits("teacher", teacher_hidden[chunk], teacher_weight[: job.rows], convert, buffers)
             chunk_rows(student, teacher, token_weights[chunk].to(stat_dtype), results[:, chunk], start, kernels, buffers, job)
             gradient = student
             if job.wants_grad and student.dtype != student_hidden.dtype:
@@ -214,6 +256,17 @@ def _logits(name: str, hidden: Tensor, weight: Tensor, convert: bool, buffers: B
         return mm_into(buffers.chunk(name, hidden.shape[0], hidden.dtype), hidden, weight.t())
     logits = buffers.chunk(name, hidden.shape[0], buffers.stat_dtype)
     return logits.copy_(mm_into(buffers.chunk("product", hidden.shape[0], hidden.dtype), hidden, weight.t()))
+
+
+def _sure_logits(chunk: slice, dtype: torch.dtype, buffers: Buffers, job: Job) -> Tensor:
+    """[c, V] of a teacher whose whole probability lies on the targets: 0 there, where this rank holds it, NO_LOGIT elsewhere."""
+    assert job.targets is not None
+    local = job.targets[chunk] - job.first
+    logits = buffers.chunk("teacher", len(local), dtype).fill_(NO_LOGIT)
+    if job.rows:
+        held = (local >= 0) & (local < job.rows)
+        logits.scatter_(1, local.clamp(0, job.rows - 1)[:, None], torch.where(held, 0.0, NO_LOGIT).to(dtype)[:, None])
+    return logits
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
             if job.work == "score":
                 score(config.learner, folder, samples, student, parallel)
             else:
-                train(config, folder, samples, student, teacher, parallel, on_step, job.epistemic_ids)
+                train(config, folder, samples, student, teacher, parallel, on_step, job.epistemic_ids, job.objective)
     except StoppedError as error:
         print(error, file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)

@@ -33,9 +33,16 @@ class Sums:
     kl_failed: float
     tokens_failed: float
     per_token: Tensor  # [tokens] float32, before the clip, in no particular order
+    supervised: bool = False  # no teacher: loss, kl and student_nll are one number, what tells of a teacher is 0
 
     def metrics(self) -> dict[str, Any]:
-        """Means per response token and quantiles; None where no token counts or a float cannot hold the value."""
+        """Means per response token and quantiles; None where no token counts or a float cannot hold the value.
+
+        Without a teacher: loss and student_nll, which are the same, and perplexity.
+        """
+        if self.supervised:
+            nll = self.student_nll / self.tokens
+            return {"loss": self.loss / self.tokens, "student_nll": nll, "perplexity": perplexity(nll)}
         means = {name: getattr(self, name) / self.tokens for name in ("loss", "kl", "student_nll", "teacher_nll")}
         split = {
             f"kl_{name}": kl / tokens if tokens else None
@@ -49,22 +56,29 @@ class Sums:
         return means | split | quantiles | shares | {"perplexity_gap": gap if math.isfinite(gap) else None}
 
 
+def perplexity(nll: float) -> float | None:
+    """e^nll; None where a float cannot hold it."""
+    value = float(torch.tensor(nll, dtype=torch.float64).exp())
+    return value if math.isfinite(value) else None
+
+
 class Totals:
     """Collects a rank's micro-batches; `over_ranks` adds up the ranks that hold other tokens."""
 
-    def __init__(self, clip: float | None, parallel: Parallel) -> None:
-        self.clip, self.parallel = clip, parallel
+    def __init__(self, clip: float | None, parallel: Parallel, *, supervised: bool = False) -> None:
+        self.clip, self.parallel, self.supervised = clip, parallel, supervised
         self._sums = torch.zeros(len(_COUNTED), dtype=torch.float64, device=parallel.device)
         self._per_token: list[Tensor] = []
 
     def add(self, batch: MicroBatch, output: KLOutput) -> None:
-        assert output.student_logprob is not None and output.teacher_logprob is not None and output.teacher_set_mass is not None
+        assert output.student_logprob is not None and output.teacher_logprob is not None
+        mass = torch.zeros_like(output.unclipped) if output.teacher_set_mass is None else output.teacher_set_mass
         kl = output.unclipped.double()
         passed, failed = (batch.of_rows([sample.rollout_passed is outcome for sample in batch.samples]) for outcome in (True, False))
         clipped = output.unclipped > (math.inf if self.clip is None else self.clip)
         columns = (
-            torch.ones_like(kl), output.per_token, kl, -output.student_logprob, -output.teacher_logprob, output.teacher_set_mass,
-            clipped, kl * passed, passed, kl * failed, failed,
+            torch.ones_like(kl), output.per_token, kl, -output.student_logprob, -output.teacher_logprob, mass, clipped,
+            kl * passed, passed, kl * failed, failed,
         )  # fmt: skip
         self._sums += torch.stack([column.double().sum() for column in columns])
         self._per_token.append(output.unclipped.float())
@@ -83,4 +97,4 @@ class Totals:
             dist.all_gather(parts, torch.nn.functional.pad(mine, (0, longest - len(mine))), group=group)
             mine = torch.cat([part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)])
         values = dict(zip(_COUNTED, self._sums.tolist(), strict=True))
-        return Sums(**values | {"tokens": round(values["tokens"])}, per_token=mine.cpu())
+        return Sums(**values | {"tokens": round(values["tokens"])}, per_token=mine.cpu(), supervised=self.supervised)

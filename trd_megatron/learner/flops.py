@@ -41,19 +41,25 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
     return PEAKS.get(device_name, {}).get(precision)
 
 
-def training_flops(student: Architecture, teacher: Architecture, lora: LoraConfig | None, samples: Iterable[Sample]) -> int:
+def training_flops(student: Architecture, teacher: Architecture | None, lora: LoraConfig | None, samples: Iterable[Sample]) -> int:
     """Model FLOPs of one optimizer step on `samples`: both forwards, the loss's output layers, the student's backward.
 
-    lora None: every parameter of the student is trained.
+    lora None: every parameter of the student is trained. teacher None: supervised training.
     """
-    head = 2 * student.vocab_size * ((2 if lora is not None else 3) * student.hidden_size + teacher.hidden_size)
-    student_token, teacher_token = _forward_and_backward(student, lora), 2 * _linear_weights(teacher)
+    head = (
+        2
+        * student.vocab_size
+        * ((2 if lora is not None else 3) * student.hidden_size + (teacher.hidden_size if teacher is not None else 0))
+    )
+    student_token = _forward_and_backward(student, lora)
     total = 0
     for sample in samples:
         rows = sample.response_tokens
-        student_length, teacher_length = len(sample.student_prompt_ids) + rows, len(sample.teacher_prompt_ids) + rows
+        student_length = len(sample.student_prompt_ids) + rows
         total += student_length * student_token + 3 * _attention(student, student_length)
-        total += teacher_length * teacher_token + _attention(teacher, teacher_length)
+        if teacher is not None:
+            teacher_length = len(sample.teacher_prompt_ids) + rows
+            total += teacher_length * 2 * _linear_weights(teacher) + _attention(teacher, teacher_length)
         total += rows * head
     return total
 

@@ -19,15 +19,23 @@ from trd_megatron.run_dir import read_parquet, write_json
 JOB, SAMPLES, ERROR, LOG = "job.json", "samples.parquet", "error.json", "learner.log"
 
 
+Objective = Literal["distill", "sft"]
+
+
 @dataclass(frozen=True)
 class Job:
-    """Everything a rank needs besides samples.parquet. work "score": of the model at student_path, see score.py."""
+    """Everything a rank needs besides samples.parquet.
+
+    work "score": of the model at student_path, see score.py. objective "sft": cross entropy of the responses, without a teacher
+    (teacher_path None, the samples' teacher_prompt_ids empty).
+    """
 
     config: dict[str, Any]
     student_path: str
     teacher_path: str | None
     epistemic_ids: list[int]
     work: Literal["train", "score"] = "train"
+    objective: Objective = "distill"
 
     @staticmethod
     def read(folder: Path) -> "Job":

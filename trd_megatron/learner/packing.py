@@ -24,7 +24,7 @@ class Sample:
     problem_id: str
     sample_index: int
     student_prompt_ids: list[int]
-    teacher_prompt_ids: list[int]
+    teacher_prompt_ids: list[int]  # empty: supervised training, which has no teacher
     response_ids: list[int]
     rollout_passed: bool | None = None
 
@@ -129,7 +129,7 @@ def pack(prompts: list[list[int]], responses: list[list[int]], cut: Cut, device:
 class MicroBatch:
     samples: list[Sample]
     student: Packing
-    teacher: Packing
+    teacher: Packing | None  # None: training without a teacher
 
     def of_rows(self, values: list[bool]) -> Tensor:
         """[R] of a value per sample: the value of each of the student's response rows on this rank."""
@@ -137,10 +137,10 @@ class MicroBatch:
         return torch.tensor(values).repeat_interleave(lengths).to(self.student.rows.device)[self.student.responses]
 
 
-def micro_batches(samples: list[Sample], max_tokens: int, cut: Cut, device: torch.device) -> list[MicroBatch]:
+def micro_batches(samples: list[Sample], max_tokens: int, cut: Cut, device: torch.device, *, with_teacher: bool = True) -> list[MicroBatch]:
     """Cuts samples, in order, into micro-batches whose student and teacher packings both hold at most `max_tokens` (paddings not counted).
 
-    Raises ValueError if a single sample does not fit.
+    with_teacher False: the student's packing alone; the samples have no teacher prompt. Raises ValueError if a single sample does not fit.
     """
     groups: list[list[Sample]] = []
     student = teacher = 0
@@ -158,7 +158,7 @@ def micro_batches(samples: list[Sample], max_tokens: int, cut: Cut, device: torc
     for group in groups:
         responses, keys = [s.response_ids for s in group], [s.key for s in group]
         student_side = pack([s.student_prompt_ids for s in group], responses, cut, device, keys)
-        teacher_side = pack([s.teacher_prompt_ids for s in group], responses, cut, device, keys)
+        teacher_side = pack([s.teacher_prompt_ids for s in group], responses, cut, device, keys) if with_teacher else None
         batches.append(MicroBatch(group, student_side, teacher_side))
     return batches
 

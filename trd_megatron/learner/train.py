@@ -18,9 +18,10 @@ from trd_megatron.config import Config
 from trd_megatron.convert.architecture import Architecture
 from trd_megatron.learner import checkpoint
 from trd_megatron.learner.checkpoint_files import best_step, damage, prune, saved_steps
-from trd_megatron.learner.diagnostics import Sums
+from trd_megatron.learner.diagnostics import Sums, perplexity
 from trd_megatron.learner.distributed_optimizer import build_optimizer
 from trd_megatron.learner.flops import peak_tflops, training_flops
+from trd_megatron.learner.job import Objective
 from trd_megatron.learner.log import METRICS, Log
 from trd_megatron.learner.lora import Adapters
 from trd_megatron.learner.memory import peak_memory
@@ -116,16 +117,26 @@ class Trainer:
     """Student, teacher and optimizer on this rank."""
 
     def __init__(
-        self, config: Config, student_path: Path, teacher_path: Path | None, parallel: Parallel, epistemic_ids: Sequence[int] = ()
+        self,
+        config: Config,
+        student_path: Path,
+        teacher_path: Path | None,
+        parallel: Parallel,
+        epistemic_ids: Sequence[int] = (),
+        objective: Objective = "distill",
     ) -> None:
-        """teacher_path None: OPSD. Raises UserError if a model does not fit."""
+        """teacher_path None: OPSD, or no teacher at all with objective "sft". Raises UserError if a model does not fit."""
         learner = config.learner
         self.config, self.parallel = config, parallel
         full = learner.trainable == "full"
         Architecture.from_hf(student_path).check_student(str(student_path))
         self.student = Model(student_path, learner, parallel, trainable=full)
         adapters = None if full else Adapters(self.student, learner.lora, config.seed)
-        if adapters is not None and teacher_path is None:
+        self.measure = "nll" if objective == "sft" else "kl"  # what the held-out batch is measured by
+        self.teacher: Teacher | None = None
+        if objective == "sft":
+            assert teacher_path is None
+        elif adapters is not None and teacher_path is None:
             self.teacher = Teacher(self.student, self.student, adapters)
         else:  # another model, or a frozen copy of the student's starting weights
             model = Model(teacher_path or student_path, learner, parallel, offloaded=learner.teacher_offload)
@@ -151,13 +162,14 @@ class Trainer:
     def model_flops(self, batch: list[Sample]) -> int:
         """Of one update on the global batch, all ranks together."""
         lora = None if self.config.learner.trainable == "full" else self.config.learner.lora
-        return training_flops(self.student.architecture, self.teacher.model.architecture, lora, batch)
+        teacher = None if self.teacher is None else self.teacher.model.architecture
+        return training_flops(self.student.architecture, teacher, lora, batch)
 
     def held_out_kl(self, batch: list[Sample]) -> float:
-        """Mean unclipped divergence per response token of the fixed batch. Raises NonFiniteError."""
+        """Mean unclipped divergence (sft: negative log-likelihood) per response token of the fixed batch. Raises NonFiniteError."""
         sums = self.step.run(batch, backward=False)
         if not math.isfinite(sums.kl):
-            raise NonFiniteError(f"the held-out KL is {sums.kl}: lower learner.learning_rate, or look at {METRICS}")
+            raise NonFiniteError(f"the held-out {self.measure.upper()} is {sums.kl}: lower learner.learning_rate, or look at {METRICS}")
         return sums.kl / sums.tokens
 
 
@@ -170,6 +182,7 @@ def train(
     parallel: Parallel,
     on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
     epistemic_ids: Sequence[int] = (),
+    objective: Objective = "distill",
 ) -> dict[str, Any]:
     """Trains on `samples` and writes into `folder` (train/); goes on from the newest checkpoint there. Returns the summary.
 
@@ -181,7 +194,7 @@ def train(
     Biases refuses.
     """
     started = time.monotonic()
-    trainer = Trainer(config, student_path, teacher_path, parallel, epistemic_ids)
+    trainer = Trainer(config, student_path, teacher_path, parallel, epistemic_ids, objective)
     if parallel.is_main:
         print(f"optimizer: {trainer.optimizer.name}", file=sys.stderr, flush=True)
     saver = checkpoint.Saver(folder / "checkpoints", trainer.optimizer, parallel, background=config.learner.async_checkpoint)
@@ -213,6 +226,7 @@ def _train(
         state = checkpoint.load(checkpoints, done, trainer.optimizer, parallel)
     else:
         kl = trainer.held_out_kl(fixed)
+        # of objective sft these are the negative log-likelihood: what the best step is chosen by
         state = {"step": 0, "kl_before": kl, "held_out_kl": {"0": kl}, "tokens": 0, "seconds": 0.0}
     lora = {"rank": learner.lora.rank, "alpha": learner.lora.alpha, "base": config.model.path}
     state["lora"] = lora if learner.trainable == "lora" else None
@@ -239,7 +253,7 @@ def _train(
             tokens = sum(len(sample.student_prompt_ids) + sample.response_tokens for sample in batch)
             metrics |= {"tokens_per_second": tokens / seconds, "seconds": seconds}
             if last or number % learner.eval_interval == 0:
-                metrics["held_out_kl"] = state["held_out_kl"][str(number)] = trainer.held_out_kl(fixed)
+                metrics[f"held_out_{trainer.measure}"] = state["held_out_kl"][str(number)] = trainer.held_out_kl(fixed)
             state |= {"step": number, "tokens": state["tokens"] + sums.tokens}
             state["seconds"] = earlier_seconds + time.monotonic() - started
             log.write(metrics)
@@ -254,9 +268,10 @@ def _train(
             if stopping:
                 raise StoppedError(f"asked to stop (SIGTERM): step {number} is saved")
 
+    before, after = state["kl_before"], state["held_out_kl"][str(state["step"])]
     summary = {
-        "kl_fixed_batch_before": state["kl_before"],
-        "kl_fixed_batch_after": state["held_out_kl"][str(state["step"])],
+        f"{trainer.measure}_fixed_batch_before": before,
+        f"{trainer.measure}_fixed_batch_after": after,
         "steps": state["step"],
         "tokens": state["tokens"],
         "seconds": state["seconds"],
@@ -264,6 +279,8 @@ def _train(
         "training_samples": len(training),
         "held_out_samples": len(fixed),
     }
+    if trainer.measure == "nll":
+        summary |= {"perplexity_fixed_batch_before": perplexity(before), "perplexity_fixed_batch_after": perplexity(after)}
     if parallel.is_main:
         write_json(folder / SUMMARY, summary)
     return summary

@@ -135,6 +135,8 @@ def _result(stage: str, counts: dict[str, Any]) -> str:
         for name, of in counts.items():
             errors = of["verdicts"].get("error", 0)
             note = f", {errors} samples whose grading failed" if errors else ""
+            if of["skipped_over_budget"]:
+                note += f", {of['skipped_over_budget']} problems left out: over evaluate.max_prompt_tokens"
             lines.append(f"{name}: Avg@{of['k']} {of['avg_at_k']:.1f}, Pass@{of['k']} {of['pass_at_k']:.1f}{note}")
         return "; ".join(lines)
     return ", ".join(f"{key} {value}" for key, value in counts.items())

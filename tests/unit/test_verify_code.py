@@ -152,7 +152,7 @@ def test_limits(verifier):
 @pytest.mark.parametrize(
     ("tests", "detail"),
     [
-        ([], "the tests are no JSON object, but []"),
+        ([], "the tests are no object (a dict; not its JSON text), but []"),
         ({}, "the tests have neither `asserts` nor lists of `inputs` and `outputs`"),
         ({"inputs": [], "outputs": []}, "the tests have neither"),
         ({"inputs": ["1"], "outputs": []}, "the tests have 1 inputs and 0 outputs"),

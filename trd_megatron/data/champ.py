@@ -50,7 +50,9 @@ def load(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, int]]:
                     }
                 )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read as CHAMP's data file ({type(error).__name__}): {INSTALL}") from None
+            raise UserError(
+                f"{path} cannot be read as CHAMP's data file ({type(error).__name__}): set data.path=null to take the package's ({INSTALL})"
+            ) from None
     return problems, {"answer is no number or expression": dropped} if dropped else {}
 
 

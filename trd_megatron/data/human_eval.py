@@ -34,7 +34,9 @@ def problem(path: Path, row: dict[str, Any]) -> dict[str, Any]:
     because some of them call a helper that it defines. Raises UserError that names a missing column."""
     for name in COLUMNS:
         if not isinstance(row.get(name), str):
-            raise UserError(f"{path} has no column '{name}'; HumanEval's are: {', '.join(COLUMNS)}")
+            raise UserError(
+                f"{path} has no column '{name}'; HumanEval's are: {', '.join(COLUMNS)}; data.path=null takes the package's file"
+            )
     entry = row["entry_point"]
     tests = {"setup": row["prompt"], "asserts": f"{row['test']}\n\ncheck({entry})\n", "fn_name": entry}
     return {

@@ -35,7 +35,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             rows = json.loads(path.read_text(encoding="utf-8"))
         elif path.name.endswith((".jsonl", ".jsonl.gz")):
             with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-                rows = [json.loads(line) for line in file if line.strip()]
+                rows = [_object(number, line) for number, line in enumerate(file, 1) if line.strip()]
         else:
             raise UserError(f"{path}: must end in .parquet, .jsonl or .json")
     except (pa.ArrowInvalid, OSError, EOFError, ValueError, RecursionError) as error:
@@ -43,6 +43,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: every entry must be an object with the columns {', '.join(REQUIRED)}")
     return rows
+
+
+def _object(number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from None
 
 
 def load(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,8 @@ import json
 import re
 from typing import Any
 
+from trd_megatron.errors import UserError
+
 Row = dict[str, Any]
 
 # AMOBench's answers in variables are checked at these values, those of its own grader (question_id -> values).
@@ -29,8 +31,12 @@ def aime25(row: Row) -> Row:
 
 
 def gsm8k(row: Row) -> Row:
-    """Columns question and answer, the worked solution with the result after ####."""
-    solution, _, result = str(row["answer"]).rpartition("####")
+    """Columns question and answer, the worked solution with the result after ####. Raises UserError where there is no such mark."""
+    solution, mark, result = str(row["answer"]).rpartition("####")
+    if not mark:
+        raise UserError(
+            f"the answer {str(row['answer'])[:40]!r} has no ####, which stands before GSM8K's results: is this another data set?"
+        )
     return {"problem": row["question"], "answer": result.strip().replace(",", ""), "reference_solution": solution.strip()}
 
 

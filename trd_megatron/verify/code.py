@@ -285,7 +285,7 @@ def _checker_says(line: bytes | Ended, answered: bool, limits: _Limits) -> dict[
 def _check_form(tests: Any) -> None:
     """Raises _MalformedTests where the tests have none of the three forms."""
     if not isinstance(tests, dict):
-        raise _MalformedTests(f"the tests are no JSON object, but {show(tests)}")
+        raise _MalformedTests(f"the tests are no object (a dict; not its JSON text), but {show(tests)}")
     unknown = sorted(map(str, tests.keys() - {"inputs", "outputs", "fn_name", "asserts", "setup", "tolerance", "compare"}))
     if unknown:
         raise _MalformedTests(f"the tests have the unknown key {show(unknown[0])}")

@@ -278,5 +278,5 @@ def test_the_registry_names_what_the_verifier_knows() -> None:
 def test_a_file_of_another_benchmark_is_not_gsm8k(tmp_path: Path) -> None:
     path = tmp_path / "aime.jsonl"
     path.write_text(json.dumps({"question": "p", "answer": "204"}) + "\n")
-    with pytest.raises(UserError, match="no ####.*another data set"):
+    with pytest.raises(UserError, match=r"no ####.*another data set"):
         list(benchmarks.load(f"gsm8k:{path}"))

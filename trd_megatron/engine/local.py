@@ -145,7 +145,7 @@ class LocalEngine:
         if self._context is not None and len(prompt_ids) + max_new_tokens > self._context:
             raise UserError(
                 f"a prompt of {len(prompt_ids)} tokens and {max_new_tokens} new ones exceed the model's "
-                f"{self._context} positions: lower the stage's max_response_tokens (and max_prompt_tokens), or use a model with a longer context"
+                f"{self._context} positions: lower the stage's max_response_tokens, or use a model with a longer context"
             )
 
     @torch.inference_mode()

@@ -101,8 +101,9 @@ def test_a_summary_says_how_much_could_not_be_graded() -> None:
     counts = {"samples": 4, "passed": 1, "mean_response_tokens": 9, "finish_reasons": {"stop": 4}, "skipped_over_budget": 0}
     rollout = counts | {"verdicts": {"pass": 1, "error": 3}}
     assert cli._result("rollout", rollout) == "4 samples, 25.0 % pass, 9 tokens each, 0 cut off, 3 whose grading failed"
-    scores = {"k": 2, "avg_at_k": 25.0, "pass_at_k": 50.0, "verdicts": {"error": 3}}
-    assert cli._result("evaluate/base", {"x": scores}) == "x: Avg@2 25.0, Pass@2 50.0, 3 samples whose grading failed"
+    scores = {"k": 2, "avg_at_k": 25.0, "pass_at_k": 50.0, "verdicts": {"error": 3}, "skipped_over_budget": 2}
+    left_out = "2 problems left out: over evaluate.max_prompt_tokens"
+    assert cli._result("evaluate/base", {"x": scores}) == f"x: Avg@2 25.0, Pass@2 50.0, 3 samples whose grading failed, {left_out}"
 
 
 def test_wrong_keys(refused) -> None:  # type: ignore[no-untyped-def]

@@ -612,6 +612,7 @@ def test_of_two_at_once_one_wins(tmp_path: Path) -> None:
 
 
 def test_a_second_interrupt_does_not_stop_the_deletion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
     remove, handlers = shutil.rmtree, [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def impatient(folder: Path, **options: Any) -> None:

@@ -269,6 +269,7 @@ def test_request_that_kills_servers(two: list[ScriptedServer], model: Path) -> N
 
 def test_all_servers_gone(two: list[ScriptedServer], model: Path) -> None:
     shards = make_shards(20)
+    two[0].delay_s = two[1].delay_s = 0.05  # or all is done before they are stopped
     with Client(two, model, give_up_after_s=0.5) as client:
         generator = client.engine.generate(shards, SAMPLING)
         found = dict([next(generator)])

@@ -237,6 +237,12 @@ class LearnerConfig:
     learning_rate: float = opt(5e-6, "Peak of AdamW's learning rate.")
     min_learning_rate_ratio: float = opt(0.1, "The cosine ends at this share of the peak.")
     warmup_ratio: float = opt(0.1, "Share of the steps that warm up linearly.")
+    decay_when: dict[str, float] = opt(
+        {},
+        "job=sft: {SOURCE: P}, the rate stays at its peak until the held-out responses of each source have mean probability P, then falls "
+        "over learner.decay_steps and training ends ({}: it falls over all steps).",
+    )
+    decay_steps: int = opt(300, "With learner.decay_when: steps over which the rate falls.")
     weight_decay: float = opt(0.005, "AdamW's decoupled weight decay.")
     adam_beta1: float = opt(0.9, "AdamW's first beta.")
     adam_beta2: float = opt(0.95, "AdamW's second beta.")

@@ -19,7 +19,7 @@ POSITIVE = (
     "learner.max_tokens_per_micro_batch", "learner.kl_chunk_tokens", "learner.global_batch_size", "learner.epochs",
     "learner.learning_rate", "learner.clip_grad",
     "learner.lora.rank", "learner.lora.alpha", "learner.held_out_samples", "learner.eval_interval",
-    "learner.checkpoint_interval", "learner.keep_checkpoints",
+    "learner.checkpoint_interval", "learner.keep_checkpoints", "learner.decay_steps",
 )  # fmt: skip
 OPTIONAL_POSITIVE = (
     "data.train_problems", "learner.max_steps", "learner.peak_tflops", "engine.student.context_length",

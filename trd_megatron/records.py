@@ -49,6 +49,7 @@ SAMPLE = pa.schema(  # train/samples.parquet: what the learner's ranks read; one
         pa.field("teacher_prompt_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("response_ids", pa.list_(pa.int32()), nullable=False),
         pa.field("rollout_passed", pa.bool_()),
+        pa.field("source", pa.string()),  # of supervised training: what kind of example it is
     ]
 )
 

@@ -64,7 +64,7 @@ def _three_steps(case: Case, place: Layout, changes: dict[str, Any]) -> list[tup
     for step in range(3):
         batch = samples[5 * step : 5 * step + 5]
         sums, norm = trainer.update(batch, 1e-2, step + 1)
-        rows.append((sums.loss / sums.tokens, sums.kl / sums.tokens, norm, trainer.held_out_kl(samples[-4:])))
+        rows.append((sums.loss / sums.tokens, sums.kl / sums.tokens, norm, trainer.held_out(samples[-4:])[0]))
     return rows
 
 
@@ -98,8 +98,18 @@ def recomputed(rank: int, case: Case) -> tuple[int, int]:
     tensor_parallel.checkpoint = counted
     trainer.update(samples[:4], 1e-3, 1)
     in_update, calls = calls, 0
-    trainer.held_out_kl(samples[:4])
+    trainer.held_out(samples[:4])
     return in_update, calls
+
+
+def held_out(rank: int, case: Case, layouts: list[tuple[Layout, dict[str, Any]]]) -> list[tuple[float, dict[str, float]]]:
+    """Per layout what the fixed batch, here all samples, is measured by before training."""
+    _, config, samples, student, teacher = case
+    found = []
+    for place, changes in layouts:
+        placed = layout(config, *place, **changes)
+        found.append(Trainer(placed, student, teacher, start(placed.learner), objective=objective(samples)).held_out(samples))
+    return found
 
 
 def train_in(rank: int, case: Case, runs: list[tuple[Path, Layout]]) -> list[dict[str, Any]]:
@@ -113,7 +123,9 @@ def train_each(rank: int, runs: list[tuple[Case, Path]]) -> list[dict[str, Any]]
     summaries = []
     for (_, config, samples, student, teacher), folder in runs:
         place = start(config.learner)
-        summaries.append(train(config, folder, samples, student, teacher, place, objective=objective(samples)))
+        last_held_out = sum(sample.source is not None for sample in samples)
+        of = objective(samples)
+        summaries.append(train(config, folder, samples, student, teacher, place, objective=of, last_held_out=last_held_out))
     return summaries
 
 

@@ -17,7 +17,7 @@ from tests import tiny
 from trd_megatron.config import Config, load, to_dict
 from tests.checkpoints import read_tensors
 from trd_megatron.learner.checkpoint_files import saved_steps, step_folder
-from trd_megatron.learner.job import SAMPLES, Job, run_ranks
+from trd_megatron.learner.job import SAMPLES, Job, run_all, run_ranks
 from trd_megatron.learner.packing import Sample
 from trd_megatron.records import SAMPLE
 from trd_megatron.run_dir import write_parquet
@@ -119,3 +119,12 @@ def test_a_checkpoint_that_was_cut_short_is_left_aside(job: Callable[..., Config
     assert [metrics["step"] for metrics in run_ranks(tmp_path / "train", config.learner)] == [3, 4, 5, 6]
     assert "step 6 is not used" in (tmp_path / "train" / "learner.log").read_text()
     same(tmp_path / "train", whole)
+
+
+def test_jobs_of_one_group_of_ranks_are_trained_as_if_each_were_alone(job: Callable[..., Config], whole: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "first", tmp_path / "second"]
+    configs = [job(folder) for folder in folders]
+    seen = [(number, metrics["step"]) for number, metrics in run_all(folders, configs[0].learner)]
+    assert seen == [(number, step) for number in (0, 1) for step in range(1, STEPS + 1)]
+    for folder in folders:
+        same(folder, whole)

@@ -135,6 +135,18 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
     assert learning_rate(config, 1, 1) == 1.0
 
 
+def test_the_learning_rate_stays_until_the_quality_is_reached() -> None:
+    from trd_megatron.learner.optimizer import learning_rate
+
+    config = LearnerConfig(learning_rate=1.0, warmup_ratio=0.1, min_learning_rate_ratio=0.1, decay_when={"solve": 0.5}, decay_steps=10)
+    assert [learning_rate(config, step, 100) for step in (5, 10, 50, 100)] == [0.5, 1.0, 1.0, 1.0]
+    rates = [learning_rate(config, step, 100, decay_from=40) for step in range(41, 51)]
+    assert rates[4] == pytest.approx(0.55)
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(a > b for a, b in pairwise([1.0, *rates]))
+    assert learning_rate(config, 4, 100, decay_from=3) > 0.9  # reached in the warm-up: it ends there
+
+
 def test_the_schedule_covers_every_sample_once_an_epoch() -> None:
     from trd_megatron.learner.train import schedule, split_held_out
 

@@ -26,7 +26,7 @@ def test_a_rank_refuses_what_it_really_imports(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.delenv(versions.ALLOW, raising=False)
     Job(to_dict(load(["experiment=smoke"])), "student", None, []).write(tmp_path)
     with pytest.raises(UserError, match=r"megatron-core 0\.99\.0 was not tested"):
-        main(tmp_path)
+        main([tmp_path])
     error = json.loads((tmp_path / ERROR).read_text())
     assert error["kind"] == "UserError"  # the stage shows it in one line
     assert "--allow-untested" in error["message"]

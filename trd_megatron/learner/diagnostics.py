@@ -1,6 +1,7 @@
 """What the curves of training are drawn from: sums over a global batch (figure 3 of the paper) and quantiles of the per-token KL."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trd_megatron.divergence import KLOutput
-from trd_megatron.learner.packing import MicroBatch
+from trd_megatron.learner.packing import MicroBatch, Sample
 from trd_megatron.learner.parallel import Parallel
 
 QUANTILES = {"kl_p50": 0.5, "kl_p95": 0.95, "kl_p99": 0.99, "kl_max": 1.0}
@@ -34,6 +35,7 @@ class Sums:
     tokens_failed: float
     per_token: Tensor  # [tokens] float32, before the clip, in no particular order
     supervised: bool = False  # no teacher: loss, kl and student_nll are one number, what tells of a teacher is 0
+    sample_logprobs: Tensor | None = None  # [samples] float64, of whole responses in the batch's order; only where they were asked for
 
     def metrics(self) -> dict[str, Any]:
         """Means per response token and quantiles; None where no token counts or a float cannot hold the value.
@@ -62,11 +64,25 @@ def perplexity(nll: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def probabilities(samples: Sequence[Sample], logprobs: Tensor) -> dict[str, float]:
+    """source -> mean probability of its whole responses: how often the model would write exactly these. logprobs: [samples]."""
+    found: dict[str, list[float]] = {}
+    for sample, probability in zip(samples, logprobs.exp().tolist(), strict=True):
+        if sample.source is not None:
+            found.setdefault(sample.source, []).append(probability)
+    return {source: sum(values) / len(values) for source, values in sorted(found.items())}
+
+
 class Totals:
     """Collects a rank's micro-batches; `over_ranks` adds up the ranks that hold other tokens."""
 
-    def __init__(self, clip: float | None, parallel: Parallel, *, supervised: bool = False) -> None:
+    def __init__(
+        self, clip: float | None, parallel: Parallel, *, supervised: bool = False, of_samples: Sequence[Sample] | None = None
+    ) -> None:
+        """of_samples: the global batch, if `sample_logprobs` is wanted."""
         self.clip, self.parallel, self.supervised = clip, parallel, supervised
+        self._places = None if of_samples is None else {id(sample): index for index, sample in enumerate(of_samples)}
+        self._logprobs = torch.zeros(len(self._places or ()), dtype=torch.float64, device=parallel.device)
         self._sums = torch.zeros(len(_COUNTED), dtype=torch.float64, device=parallel.device)
         self._per_token: list[Tensor] = []
 
@@ -82,6 +98,9 @@ class Totals:
         )  # fmt: skip
         self._sums += torch.stack([column.double().sum() for column in columns])
         self._per_token.append(output.unclipped.float())
+        if self._places is not None:
+            places = batch.of_rows([self._places[id(sample)] for sample in batch.samples])
+            self._logprobs.index_add_(0, places, output.student_logprob.double())
 
     def over_ranks(self) -> Sums:
         device = self.parallel.device
@@ -89,6 +108,8 @@ class Totals:
         if self.parallel.dp_cp_size > 1:
             group = self.parallel.dp_cp_group
             dist.all_reduce(self._sums, group=group)
+            if self._places is not None:  # a context-parallel rank has parts of its responses
+                dist.all_reduce(self._logprobs, group=group)
             lengths = torch.zeros(self.parallel.dp_cp_size, dtype=torch.int64, device=device)
             lengths[self.parallel.dp_cp_rank] = len(mine)
             dist.all_reduce(lengths, group=group)
@@ -97,4 +118,6 @@ class Totals:
             dist.all_gather(parts, torch.nn.functional.pad(mine, (0, longest - len(mine))), group=group)
             mine = torch.cat([part[:length] for part, length in zip(parts, lengths.tolist(), strict=True)])
         values = dict(zip(_COUNTED, self._sums.tolist(), strict=True))
-        return Sums(**values | {"tokens": round(values["tokens"])}, per_token=mine.cpu(), supervised=self.supervised)
+        logprobs = None if self._places is None else self._logprobs.cpu()
+        counted = values | {"tokens": round(values["tokens"])}
+        return Sums(**counted, per_token=mine.cpu(), supervised=self.supervised, sample_logprobs=logprobs)

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,8 @@ class Job:
     """Everything a rank needs besides samples.parquet.
 
     work "score": of the model at student_path, see score.py. objective "sft": cross entropy of the responses, without a teacher
-    (teacher_path None, the samples' teacher_prompt_ids empty).
+    (teacher_path None, the samples' teacher_prompt_ids empty). held_out: the last so many samples are the fixed batch (0:
+    learner.held_out_samples are drawn).
     """
 
     config: dict[str, Any]
@@ -36,6 +37,7 @@ class Job:
     epistemic_ids: list[int]
     work: Literal["train", "score"] = "train"
     objective: Objective = "distill"
+    held_out: int = 0
 
     @staticmethod
     def read(folder: Path) -> "Job":
@@ -54,12 +56,19 @@ class LearnerFailedError(RuntimeError):
 
 
 def run_ranks(folder: Path, config: LearnerConfig) -> Iterator[dict[str, Any]]:
-    """Starts the ranks with torchrun and yields the metrics of each step as it ends (of work "score": nothing).
+    """`run_all` of one job: yields the metrics of its steps."""
+    return (metrics for _, metrics in run_all([folder], config))
 
-    Raises UserError for what the user can mend, LearnerFailedError (with the log's path) for the rest. The ranks are
-    killed when the caller stops reading or dies.
+
+def run_all(folders: Sequence[Path], config: LearnerConfig) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Starts the ranks with torchrun, who do the jobs of these folders one after the other, and yields (index of the job, metrics) of each
+    step as it ends (of work "score": nothing). `config`: of one of them; all need as many ranks, on the same device.
+
+    Raises UserError for what the user can mend, LearnerFailedError (with the path of the log, which lies in the first folder) for the
+    rest; the jobs before are done then. The ranks are killed when the caller stops reading or dies.
     """
-    (folder / ERROR).unlink(missing_ok=True)
+    for folder in folders:
+        (folder / ERROR).unlink(missing_ok=True)
     ranks = config.ranks
     threads = max((os.cpu_count() or 1) // ranks, 1) if config.device == "cpu" else 1
     command = [sys.executable, "-m", "trd_megatron.learner.torchrun", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
@@ -69,7 +78,7 @@ def run_ranks(folder: Path, config: LearnerConfig) -> Iterator[dict[str, Any]]:
         f"--max-restarts={config.max_restarts}",
         "-m",
         "trd_megatron.learner",
-        str(folder),
+        *map(str, folders),
     ]
     environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | dict(os.environ)
     environment |= {"PYTHONSAFEPATH": "1", processes.PARENT: str(os.getpid())}  # no modules from the folder the user stands in
@@ -77,13 +86,15 @@ def run_ranks(folder: Path, config: LearnerConfig) -> Iterator[dict[str, Any]]:
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     elif config.tensor_model_parallel_size > 1 and config.context_parallel_size == 1:
         environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron: so that communication starts before the product beside it
-    with (folder / LOG).open("a", encoding="utf-8") as log:
+    log_file = folders[0] / LOG
+    with log_file.open("a", encoding="utf-8") as log:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
         try:
             assert process.stdout is not None
             for line in process.stdout:
                 if line.startswith("{"):
-                    yield json.loads(line)
+                    metrics = json.loads(line)
+                    yield metrics.pop("job"), metrics
                 else:
                     log.write(line)
             code = process.wait()
@@ -97,9 +108,10 @@ def run_ranks(folder: Path, config: LearnerConfig) -> Iterator[dict[str, Any]]:
                     process.wait()
     if code == 0:
         return
-    if (folder / ERROR).exists():
-        error = json.loads((folder / ERROR).read_text(encoding="utf-8"))
+    found = [folder / ERROR for folder in folders if (folder / ERROR).exists()]
+    if found:
+        error = json.loads(found[0].read_text(encoding="utf-8"))
         if error["kind"] == UserError.__name__:
             raise UserError(error["message"])
         raise LearnerFailedError(error["message"])
-    raise LearnerFailedError(f"the learner ended with exit code {code}: see {folder / LOG}")
+    raise LearnerFailedError(f"the learner ended with exit code {code}: see {log_file}")

@@ -20,12 +20,18 @@ from trd_megatron.learner.trained import Trained
 _BUCKET = 32 * 2**20  # numbers that one collective sends
 
 
-def learning_rate(config: LearnerConfig, step: int, total_steps: int) -> float:
-    """Rate of step 1..total_steps: linear warm-up, then cosine down to min_learning_rate_ratio of the peak."""
+def learning_rate(config: LearnerConfig, step: int, total_steps: int, decay_from: int | None = None) -> float:
+    """Rate of step 1..total_steps: linear warm-up, then cosine down to min_learning_rate_ratio of the peak.
+
+    With learner.decay_when the peak stays until step `decay_from` (None: not reached yet), and the cosine has learner.decay_steps.
+    """
     warmup = math.ceil(config.warmup_ratio * total_steps)
-    if step <= warmup:
+    if decay_from is None and step <= warmup:
         return config.learning_rate * step / warmup
-    progress = (step - warmup) / max(total_steps - warmup, 1)
+    if not config.decay_when:
+        progress = (step - warmup) / max(total_steps - warmup, 1)
+    else:
+        progress = 0.0 if decay_from is None else (step - decay_from) / config.decay_steps
     low = config.min_learning_rate_ratio
     return config.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
 

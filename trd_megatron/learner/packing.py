@@ -27,6 +27,7 @@ class Sample:
     teacher_prompt_ids: list[int]  # empty: supervised training, which has no teacher
     response_ids: list[int]
     rollout_passed: bool | None = None
+    source: str | None = None  # supervised training: what kind of example it is
 
     @property
     def response_tokens(self) -> int:
@@ -131,7 +132,7 @@ class MicroBatch:
     student: Packing
     teacher: Packing | None  # None: training without a teacher
 
-    def of_rows(self, values: list[bool]) -> Tensor:
+    def of_rows(self, values: list[bool] | list[int]) -> Tensor:
         """[R] of a value per sample: the value of each of the student's response rows on this rank."""
         lengths = torch.tensor([sample.response_tokens for sample in self.samples])
         return torch.tensor(values).repeat_interleave(lengths).to(self.student.rows.device)[self.student.responses]

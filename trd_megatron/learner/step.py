@@ -70,7 +70,8 @@ class Step:
         """
         tokens = sum(sample.response_tokens for sample in samples)
         supervised = self.teacher is None
-        totals = Totals(None if supervised else self.divergence.clip, self.parallel, supervised=supervised)
+        wanted = samples if supervised and not backward else None
+        totals = Totals(None if supervised else self.divergence.clip, self.parallel, supervised=supervised, of_samples=wanted)
         dealt = deal(samples, self.parallel.dp_size)
         batches = self._micro_batches(dealt[self.parallel.dp_rank])
         for model in (self.student, *(() if self.teacher is None else (self.teacher.model,))):

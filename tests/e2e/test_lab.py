@@ -15,7 +15,7 @@ from trd_megatron.lab_text import WAIT, WORDS
 from trd_megatron.verify.lab import verify_lab
 
 SETTINGS = (
-    "experiment=lab_distill", "task=lab", "model.path=builtin:lab-student", "data.world=lab_mini", "data.train_problems=20",
+    "experiment=lab", "task=lab", "model.path=builtin:lab-student", "data.world=lab_mini", "data.train_problems=20",
     "data.test_problems=4", "learner.global_batch_size=8", "learner.held_out_samples=4", "evaluate.samples=2",
 )  # fmt: skip
 Trd = Callable[..., str]

@@ -19,7 +19,7 @@ METHODS = {  # RECIPE_FACTS: trajectory, divergence, clip, top-K, teacher prompt
 }
 
 
-LAB = ["experiment=lab_distill", "task=lab", "model.path=x"]
+LAB = ["experiment=lab", "model.path=x"]
 EVALUATE = ["experiment=evaluate", "model.path=x", "evaluate.benchmarks=[x.jsonl]"]
 ATTACHED = ["experiment=smoke", "engine.kind=sglang", "engine.student.urls=['http://127.0.0.1:30000']"]
 
@@ -33,7 +33,7 @@ def refused(*overrides: str) -> str:
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_composes(experiment: str) -> None:
-    config = load({"evaluate": EVALUATE, "lab_distill": LAB}.get(experiment, [f"experiment={experiment}"]))
+    config = load({"evaluate": EVALUATE}.get(experiment, [f"experiment={experiment}"]))
     assert config.name == experiment
     assert config.run_dir == f"runs/{experiment}"
     assert from_dict(to_dict(config)) == config
@@ -166,7 +166,7 @@ def test_a_wrong_word_is_named_with_the_nearest_right_one(override: str, named: 
         ([*EVALUATE[:2], "evaluate.benchmarks=[aime42]"], r"no benchmark 'aime42': aime24, "),
         (["experiment=smoke", "verify.code.memory_mb=0"], r"^verify\.code\.memory_mb=0"),
         (["experiment=opd_qwen3_1_7b", "task=code"], r"^data\.source=deepscaler has math problems: .*one of file, taco, human_eval"),
-        (["experiment=lab_distill", "model.path=m"], r"^data\.source=lab has lab problems: set task=lab"),
+        (["experiment=lab", "task=math"], r"^data\.source=lab has lab problems: set task=lab"),
         ([*LAB, "data=taco"], r"^data\.source=taco has code problems: set task=code, or for task=lab choose data=NAME, one of file, lab$"),
         ([*LAB, "data.path=p.jsonl"], r"^data\.source=lab makes its problems: leave data\.path out"),
         ([*LAB, "data.train_problems=null"], r"^data\.source=lab .*set data\.train_problems"),

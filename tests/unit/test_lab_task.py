@@ -22,7 +22,7 @@ from trd_megatron.run_dir import RunDir
 from trd_megatron.stages import prepare
 from trd_megatron.verify.grader import Grader, kind
 
-LAB = ("experiment=lab_distill", "task=lab", "model.path=builtin:lab-student")
+LAB = ("experiment=lab", "task=lab", "model.path=builtin:lab-student")
 
 
 def configured(*overrides: str) -> Config:

@@ -10,9 +10,10 @@ the same in all parts.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from random import Random
 from typing import Any, Literal, NamedTuple
 
@@ -247,6 +248,12 @@ def _refine(mode: str) -> Callable[[World, Program, Random], tuple[str, str, str
     return make
 
 
+def _checked(kind: str, world: World, program: Program, random: Random) -> Example:
+    """An example of a kind whose response is right."""
+    prompt, given, response = _KINDS[kind](world, program, random)
+    return Example(kind, prompt, given, response if given else world.solution(program, CLEAN, random))
+
+
 _KINDS: dict[str, Callable[[World, Program, Random], tuple[str, str, str]]] = {
     "solve": _solve,
     "refine_opd": _refine("opd"),
@@ -264,3 +271,11 @@ def corpus(world: World, mix: dict[str, float], seed: int, wanted: Part = "pretr
     for program in programs(world, wanted, random):
         [kind] = random.choices(list(mix), list(mix.values()))
         yield Example(kind, *_KINDS[kind](world, program, random))
+
+
+def checks(world: World, kinds: Sequence[str], count: int) -> Iterator[Example]:
+    """`count` held-out examples of each kind with the right response, to see how likely a model finds it."""
+    for kind in kinds:
+        random = Random(f"{world.seed}/checks/{kind}")
+        for program in islice(programs(world, "check", random), count):
+            yield _checked(kind, world, program, random)

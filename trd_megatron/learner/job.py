@@ -71,6 +71,7 @@ def run_all(folders: Sequence[Path], config: LearnerConfig) -> Iterator[tuple[in
         (folder / ERROR).unlink(missing_ok=True)
     ranks = config.ranks
     threads = max((os.cpu_count() or 1) // ranks, 1) if config.device == "cpu" else 1
+    own = {} if config.cpu_threads is None else {"OMP_NUM_THREADS": str(config.cpu_threads)}
     command = [sys.executable, "-m", "trd_megatron.learner.torchrun", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
     command += [
         "--rdzv-endpoint=127.0.0.1:0",
@@ -80,7 +81,7 @@ def run_all(folders: Sequence[Path], config: LearnerConfig) -> Iterator[tuple[in
         "trd_megatron.learner",
         *map(str, folders),
     ]
-    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | dict(os.environ)
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | dict(os.environ) | own
     environment |= {"PYTHONSAFEPATH": "1", processes.PARENT: str(os.getpid())}  # no modules from the folder the user stands in
     if config.device == "cpu":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -1,15 +1,18 @@
 """Stage 3: trajectories under both prompts go to the learner's ranks; the student's adapters come out."""
 
 import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trd_megatron.builtin_models import resolve_model
 from trd_megatron.chat import Chat, teacher_prompt_ids
-from trd_megatron.config import Config, to_dict
+from trd_megatron.config import Config, LearnerConfig, to_dict
 from trd_megatron.engine.engines import teacher_version
 from trd_megatron.errors import UserError
-from trd_megatron.learner.job import SAMPLES, Job, run_ranks
+from trd_megatron.learner.job import SAMPLES, Job, run_all
 from trd_megatron.learner.stack import Installed, choose
 from trd_megatron.progress import bar, console
 from trd_megatron.records import REFINED, SAMPLE, TRAJECTORY
@@ -59,8 +62,24 @@ def build_samples(config: Config, run_dir: RunDir) -> tuple[list[dict[str, Any]]
     return rows, left_out
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A training whose job lies in `folder`. counts: what the stage's manifest gets besides the learner's summary."""
+
+    folder: Path
+    learner: LearnerConfig
+    steps: int
+    counts: dict[str, Any]
+
+
 def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
     """Raises UserError if there are fewer samples than held out, LearnerFailedError if the ranks fail."""
+    [(summary, _)] = learn([write(config, run_dir, folder)])
+    return summary
+
+
+def write(config: Config, run_dir: RunDir, folder: Path) -> Prepared:
+    """Writes the job. Raises UserError if there are fewer samples than held out."""
     rows, left_out = build_samples(config, run_dir)
     held_out = config.learner.held_out_samples
     if len(rows) <= held_out:
@@ -76,13 +95,40 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
         console.print(f"  train: {note}", highlight=False, markup=False)
     per_epoch = -(-(len(rows) - held_out) // learner.global_batch_size)
     total = min(per_epoch * learner.epochs, learner.max_steps or per_epoch * learner.epochs)
-    with bar("train", total, "steps") as progress:
+    counts: dict[str, Any] = {f"left_out_{name}": count for name, count in left_out.items()}
+    counts["layers"] = "Transformer Engine" if stack.transformer_engine else "local"
+    return Prepared(folder, learner, total, counts)
+
+
+def learn(jobs: Sequence[Prepared]) -> Iterator[tuple[dict[str, Any], float]]:
+    """Trains one after the other in one group of ranks; gives (summary, seconds) of each as it ends, an equal share of the start among
+    them. Raises UserError or LearnerFailedError if the ranks fail."""
+    if not jobs:
+        return
+    began = time.monotonic()
+    start: float | None = None  # seconds until the first step began
+    ended = 0
+
+    def summary() -> tuple[dict[str, Any], float]:
+        nonlocal began
+        now, job = time.monotonic(), jobs[ended]
+        share = 0.0 if start is None else start / len(jobs)
+        seconds, began = now - began + share - (start or 0.0 if ended == 0 else 0.0), now
+        return json.loads((job.folder / "summary.json").read_text(encoding="utf-8")) | job.counts, seconds
+
+    with bar("train", sum(job.steps for job in jobs), "steps") as progress:
         shown = 0
-        for metrics in run_ranks(folder, learner):
-            progress.advance(metrics["step"] - shown)  # the first may be far on; after a rank was lost it goes back
-            shown = metrics["step"]
+        for number, metrics in run_all([job.folder for job in jobs], jobs[0].learner):
+            if start is None:
+                start = time.monotonic() - began - metrics["seconds"]
+            while ended < number:
+                yield summary()
+                ended += 1
+            step = sum(job.steps for job in jobs[:number]) + metrics["step"]
+            progress.advance(step - shown)  # the first may be far on; after a rank was lost it goes back
+            shown = step
             progress.tokens(metrics["response_tokens"])
             progress.note(f"kl {metrics['kl']:.4f}")
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    summary["layers"] = "Transformer Engine" if stack.transformer_engine else "local"
-    return summary | {f"left_out_{name}": count for name, count in left_out.items()}
+        while ended < len(jobs):
+            yield summary()
+            ended += 1

@@ -8,7 +8,7 @@ import time
 from dataclasses import MISSING
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.table import Table
@@ -18,6 +18,11 @@ from trd_megatron.bench.commands import app as bench
 from trd_megatron.convert.commands import app as convert
 from trd_megatron.errors import UserError
 from trd_megatron.progress import console, fail, output, printable
+
+if TYPE_CHECKING:
+    from trd_megatron.config import Config
+    from trd_megatron.pipeline import Work
+    from trd_megatron.run_dir import Manifest
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -55,6 +60,14 @@ def run(
     allow_untested: Annotated[
         bool, typer.Option("--allow-untested", help="Train with a megatron-core that the learner was not tested with.")
     ] = False,
+    multirun: Annotated[
+        bool,
+        typer.Option(
+            "--multirun",
+            "-m",
+            help="Settings may have several values (method=trd,forward_kl seed=0,1,2): a run for each combination, and a comparison.",
+        ),
+    ] = False,
     keys: Annotated[bool, typer.Option("--keys", help="List every setting with its type, default and meaning, and exit.")] = False,
 ) -> None:
     """Run an experiment: prepare, rollout, refine, train, export, evaluate, report.
@@ -68,37 +81,74 @@ def run(
       trd run experiment=quickstart method=forward_kl run_dir=runs/forward_kl
 
       trd run experiment=quickstart data=file data.path=my_problems.jsonl data.test_problems=50 --until refine
+
+      trd run --multirun experiment=lab method=trd,forward_kl seed=0,1,2
     """
     if keys:
         _print_keys()
         return
     from trd_megatron.config import load
 
+    if allow_untested:
+        from trd_megatron.learner import versions
+
+        os.environ[versions.ALLOW] = "1"
+    if multirun:
+        if until or only:
+            raise UserError("--multirun runs everything: leave --until and --only out")
+        _multirun(overrides or [])
+        return
     config = load(overrides or [])
     from trd_megatron import pipeline
-    from trd_megatron.learner import versions
     from trd_megatron.run_dir import Manifest, RunDir
 
-    if allow_untested:
-        os.environ[versions.ALLOW] = "1"
     run_dir = RunDir(config.run_dir, config.name)
-    does = f"evaluates {config.model.path}" if config.job == "evaluate" else f"method {config.method.name}, {config.mode}"
-    console.print(f"{config.name}: {does}, in {run_dir.path}", highlight=False, markup=False)
+    console.print(f"{config.name}: {_does(config)}, in {run_dir.path}", highlight=False, markup=False)
     started = time.monotonic()
     rows: list[tuple[pipeline.Work, Manifest, bool]] = []
 
     def on_stage(work: pipeline.Work, manifest: Manifest, skipped: bool) -> None:
-        console.print(f"  {work.name}: {'done before, skipped' if skipped else f'done in {manifest.seconds:.1f} s'}", highlight=False)
+        _print_stage(work, manifest, skipped)
         rows.append((work, manifest, skipped))
 
-    def say(line: str) -> None:
-        console.print(f"  {printable(line)}", highlight=False, markup=False)
-
-    pipeline.run(config, run_dir, until=until, only=only, on_stage=on_stage, say=say)
+    pipeline.run(config, run_dir, until=until, only=only, on_stage=on_stage, say=_say)
     output.print(_summary(rows))
     report = run_dir.path / "report.html"
     if report.exists() and (until is None or until == "report") and only in (None, "report"):
         console.print(f"report: {report}", highlight=False)
+    console.print(f"{time.monotonic() - started:.1f} s in all", highlight=False)
+
+
+def _does(config: "Config") -> str:
+    return f"evaluates {config.model.path}" if config.job == "evaluate" else f"method {config.method.name}, {config.mode}"
+
+
+def _print_stage(work: "Work", manifest: "Manifest", skipped: bool) -> None:
+    console.print(f"  {work.name}: {'done before, skipped' if skipped else f'done in {manifest.seconds:.1f} s'}", highlight=False)
+
+
+def _say(line: str) -> None:
+    console.print(f"  {printable(line)}", highlight=False, markup=False)
+
+
+def _multirun(overrides: list[str]) -> None:
+    from trd_megatron import sweep
+    from trd_megatron.report import compare
+
+    started = time.monotonic()
+    folder, runs = sweep.members(overrides)
+    console.print(f"{len(runs)} runs in {folder}", highlight=False, markup=False)
+
+    def on_run(member: sweep.Member) -> None:
+        console.print(f"{member.label}: {_does(member.config)}", highlight=False, markup=False)
+
+    def on_trained(work: "Work", manifest: "Manifest", skipped: bool) -> None:
+        console.print(f"{work.run_dir.path.name}:", highlight=False, markup=False)
+        _print_stage(work, manifest, skipped)
+
+    sweep.run(runs, on_run=on_run, on_stage=_print_stage, on_trained=on_trained, say=_say)
+    compare.write([member.run_dir.path for member in runs], folder)
+    console.print(f"report: {folder / 'report.html'}", highlight=False)
     console.print(f"{time.monotonic() - started:.1f} s in all", highlight=False)
 
 

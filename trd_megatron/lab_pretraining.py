@@ -56,12 +56,12 @@ class Recipe:
 
 
 RECIPES = {
-    "lab-base": Recipe("lab", "builtin:lab-student", STUDENT_MIX, {"solve": 0.36, "refine_opsd": 0.95}, 3e-3, 300),
-    "lab_mini-base": Recipe("lab_mini", "builtin:lab-student", STUDENT_MIX, {"solve": 0.36, "refine_opsd": 0.95}, 3e-3, 150),
+    "lab-base": Recipe("lab", "builtin:lab-student", STUDENT_MIX, {"solve": 0.3, "refine_opsd": 0.9}, 3e-3, 300),
+    "lab_mini-base": Recipe("lab_mini", "builtin:lab-student", STUDENT_MIX, {"solve": 0.3, "refine_opsd": 0.9}, 3e-3, 150),
     "lab_control-base": Recipe(
-        "lab_control", "builtin:lab-student", STUDENT_MIX, {"solve": 0.3, "refine_opsd": 0.95, "vanilla_opsd": 0.95}, 3e-3, 300
+        "lab_control", "builtin:lab-student", STUDENT_MIX, {"solve": 0.3, "refine_opsd": 0.9, "vanilla_opsd": 0.8}, 3e-3, 300
     ),
-    "lab-opd-teacher": Recipe("lab", "builtin:lab-teacher", TEACHER_MIX, {"refine_opd": 0.95}, 2e-3, 250),
+    "lab-opd-teacher": Recipe("lab", "builtin:lab-teacher", TEACHER_MIX, {"refine_opd": 0.9}, 2e-3, 250),
 }
 
 

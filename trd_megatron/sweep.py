@@ -22,6 +22,7 @@ from trd_megatron.run_dir import Manifest, RunDir
 
 # Stages that no training of the run's own comes before: where fingerprints are equal, so is what they made.
 SHARED = ("prepare", "rollout", "refine", "evaluate/base", "evaluate/teacher")
+OnStage = Callable[[Work, Manifest, bool], None]
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,17 @@ def _choices(text: str) -> list[tuple[str, str]]:
 
 
 def run(
-    folder: Path,
     runs: Sequence[Member],
     *,
     on_run: Callable[[Member], None] = lambda member: None,
-    on_stage: Callable[[Work, Manifest, bool], None] = lambda work, manifest, skipped: None,
+    on_stage: OnStage = lambda work, manifest, skipped: None,
+    on_trained: OnStage = lambda work, manifest, skipped: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Runs what is not done yet of all runs: first what comes before training, then training, then the rest.
 
-    on_run hears which run comes next, on_stage and say as in pipeline.run. Raises what pipeline.run raises; what is done stays.
+    on_run hears which run comes next, on_stage and say as in pipeline.run, on_trained of each training. Raises what pipeline.run raises;
+    what is done stays.
     """
     together = [member for member in runs if member.config.job == "distill" and member.config.rounds == 1]
     for index, member in enumerate(runs):
@@ -89,7 +91,7 @@ def run(
             until = "refine" if member.config.method.trajectory == "refined" else "rollout"
         pipeline.run(member.config, member.run_dir, until=until, on_stage=on_stage, say=say)
     for group in _by_ranks(together):
-        pipeline.train_together([(member.config, member.run_dir) for member in group], on_stage)
+        pipeline.train_together([(member.config, member.run_dir) for member in group], on_trained)
     for index, member in enumerate(runs):
         if member in together:
             on_run(member)

@@ -1,6 +1,7 @@
 """task=lab through the command line, on the lab's student with random weights: what it writes is mostly wrong, and all stages go on."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from trd_megatron.lab_text import WAIT, WORDS
 from trd_megatron.verify.lab import verify_lab
 
 SETTINGS = (
-    "experiment=lab", "task=lab", "model.path=builtin:lab-student", "data.world=lab_mini", "data.train_problems=20",
+    "experiment=lab", "model.path=builtin:lab-student", "data.world=lab_mini", "data.train_problems=20",
     "data.test_problems=4", "learner.global_batch_size=8", "learner.held_out_samples=4", "evaluate.samples=2",
 )  # fmt: skip
 Trd = Callable[..., str]
@@ -75,3 +76,32 @@ def test_trd_and_forward_kl_on_the_labs_problems(trd: Trd, tmp_path: Path) -> No
         assert decode(row["teacher_prompt_ids"]) == f"P {problem['problem']} R {problem['reference_solution']} A"
         assert decode(row["student_prompt_ids"]) == f"P {problem['problem']} A"
     assert [row["response_ids"] for row in samples] == [row["response_ids"] for row in rows(run / "rollouts")]
+
+
+def test_runs_of_a_sweep_share_what_they_have_in_common_and_come_out_as_single_runs_do(trd: Trd, tmp_path: Path) -> None:
+    settings = [*SETTINGS, "method=trd,forward_kl"]
+    written = trd("run", "--multirun", *settings, f"run_dir={tmp_path / 'sweep'}")
+    assert written.count("  rollout: done in") == 1
+    assert written.count("  rollout: done before, skipped") == 3
+    assert written.count("  train: done in") == 2
+    runs = [tmp_path / "sweep" / label for label in ("trd", "forward_kl")]
+    for shared in ("problems/part-00000.parquet", "rollouts/part-00000.parquet", "eval/base/test.parquet"):
+        assert len({(run / shared).stat().st_ino for run in runs}) == 1
+    assert manifest(runs[0] / "rollouts") == manifest(runs[1] / "rollouts")
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert "forward_kl" in page
+
+    trd("run", *SETTINGS, "method=forward_kl", f"run_dir={tmp_path / 'alone'}")
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "train/metrics.jsonl").read_text().splitlines()]
+        for run in (runs[1], tmp_path / "alone")
+    ]
+    assert losses[0] == losses[1]
+    responses = [pq.read_table(run / "eval/student/test.parquet")["response"].to_pylist() for run in (runs[1], tmp_path / "alone")]
+    assert responses[0] == responses[1]
+
+    again = trd("run", "-m", *settings, f"run_dir={tmp_path / 'sweep'}")
+    assert again.count("done before, skipped") == len(re.findall(r"^  \S+: done", again, re.M)) - 2  # reports are written anew
+    changed = trd("run", "-m", *SETTINGS, "method=trd,forward_kl", "rollout.temperature=0.5", f"run_dir={tmp_path / 'sweep'}")
+    assert changed.count("  rollout: done in") == 1
+    assert {path.name.split("-")[0] for path in (runs[1] / "stale").iterdir()} >= {"rollout", "train"}

@@ -271,6 +271,7 @@ class ExportConfig:
 @dataclass
 class EvaluateConfig(SamplingConfig):
     benchmarks: list[str] = opt(["test"], "test: the run's held-out problems; or paths of .parquet/.jsonl files.")
+    teacher: bool = opt(False, "OPD: the teacher is evaluated too, under the student's prompts.")
     samples: int = opt(16, "Samples per problem; Avg@k uses k = samples, Pass@k every k up to it.")
     top_k: int = opt(-1, "Candidates per token; -1: the whole vocabulary.")
     max_prompt_tokens: int = opt(4096, "Prompt budget in tokens.")

@@ -102,6 +102,8 @@ def _check_data(config: Config) -> None:
 
 def _check_evaluate(config: Config) -> None:
     held_out = "test" in config.evaluate.benchmarks
+    if config.evaluate.teacher and (config.teacher.path is None or config.job != "distill"):
+        raise UserError("evaluate.teacher=true needs the teacher of mode=opd and job=distill: set evaluate.teacher=false")
     if config.task == "lab":
         if config.job == "evaluate":
             raise UserError("task=lab has no benchmarks but a run's own test problems: job=evaluate needs task=math or task=code")

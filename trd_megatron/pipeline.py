@@ -70,8 +70,10 @@ STAGES = (
           generates=True, rounds="first"),
     Stage("evaluate/student", "eval/student", evaluate.run_student, ("evaluate", *_PROMPT), ("export/hf",), reads_benchmarks=True,
           generates=True),
-    Stage("report", "report", report.run, ("name",), ("rollout", "refine", "train", "evaluate/base", "evaluate/student"), kept=False,
-          rounds="last"),
+    Stage("evaluate/teacher", "eval/teacher", evaluate.run_teacher, ("evaluate", "teacher", *_PROMPT), ("prepare",), reads_teacher=True,
+          reads_benchmarks=True, generates=True, rounds="first"),
+    Stage("report", "report", report.run, ("name",),
+          ("rollout", "refine", "train", "evaluate/base", "evaluate/student", "evaluate/teacher"), kept=False, rounds="last"),
 )  # fmt: skip
 GROUPS = tuple(dict.fromkeys(stage.group for stage in STAGES))
 
@@ -86,6 +88,8 @@ def wanted(config: Config) -> list[Stage]:
         unwanted.add("refine")
     if config.learner.trainable == "full":
         unwanted.add("export/adapter")
+    if not config.evaluate.teacher:
+        unwanted.add("evaluate/teacher")
     return [stage for stage in STAGES if stage.name not in unwanted]
 
 
@@ -99,12 +103,12 @@ def _under(name: str, keys: tuple[str, ...]) -> bool:
 
 
 def _unused(config: Config, stage: Stage) -> tuple[str, ...]:
-    """Settings of engines that this stage does not ask, and of data that do not come from the lab."""
-    of_data = () if config.data.source == "lab" else ("data.world",)
+    """Settings of engines that this stage does not ask, of data that do not come from the lab, and which stages there are."""
+    others = ("evaluate.teacher",) if config.data.source == "lab" else ("evaluate.teacher", "data.world")
     if config.engine.kind == "local":
-        return ("engine.student", "engine.teacher", "engine.deterministic", *of_data)
-    of_teacher = stage.name == "refine" and config.teacher.path is not None
-    return ("engine.student" if of_teacher else "engine.teacher", "engine.batch_size", *of_data)
+        return ("engine.student", "engine.teacher", "engine.deterministic", *others)
+    of_teacher = stage.name in ("refine", "evaluate/teacher") and config.teacher.path is not None
+    return ("engine.student" if of_teacher else "engine.teacher", "engine.batch_size", *others)
 
 
 def _settings(config: Config, stage: Stage) -> dict[str, Any]:
@@ -212,8 +216,8 @@ def _span(numbers: range) -> str:
 
 
 def write_summary(done: Iterable[Work], view: RunDir) -> None:
-    """eval/summary.json of the view's round, of the evaluations among `done`: the base's, and of this round's student."""
-    scored = [work for work in done if work.stage.name == "evaluate/base" or (work.stage.name, work.run_dir) == ("evaluate/student", view)]
+    """eval/summary.json of the view's round, of the evaluations among `done`: the base's, the teacher's, and of this round's student."""
+    scored = [work for work in done if work.stage.group == "evaluate" and (work.stage.rounds == "first" or work.run_dir == view)]
     base = [work.run_dir for work in scored if work.stage.name == "evaluate/base"]
     evaluate.write_summary(base[0] if base else view, view, {work.stage.name.split("/")[1] for work in scored})
 

@@ -95,7 +95,7 @@ def check_inputs(config: Config) -> None:
     if config.teacher.path is None:
         return
     teacher_path = resolve_model(config.teacher.path)
-    _check_context(config, "teacher", teacher_path, ("refine",))
+    _check_context(config, "teacher", teacher_path, ("refine", "evaluate") if config.evaluate.teacher else ("refine",))
     teacher_architecture = Architecture.from_hf(teacher_path)
     teacher_architecture.check_tensor_parallel_size(tp, config.teacher.path)
     check_shapes(config.learner, teacher_architecture, config.teacher.path)

@@ -105,3 +105,20 @@ def test_runs_of_a_sweep_share_what_they_have_in_common_and_come_out_as_single_r
     changed = trd("run", "-m", *SETTINGS, "method=trd,forward_kl", "rollout.temperature=0.5", f"run_dir={tmp_path / 'sweep'}")
     assert changed.count("  rollout: done in") == 1
     assert {path.name.split("-")[0] for path in (runs[1] / "stale").iterdir()} >= {"rollout", "train"}
+
+
+def test_the_teacher_is_evaluated_too_if_it_is_asked_for(trd: Trd, tmp_path: Path) -> None:
+    settings = [*SETTINGS, "mode=opd", "teacher.path=builtin:lab-teacher", "method=forward_kl", f"run_dir={tmp_path}"]
+    assert "evaluate/teacher" not in trd("plan", *settings)
+    assert "evaluate/teacher: done in" in trd("run", *settings, "evaluate.teacher=true")
+    models = {
+        name: set(pq.read_table(tmp_path / f"eval/{name}/test.parquet")["model"].to_pylist()) for name in ("base", "teacher", "student")
+    }
+    assert models == {"base": {"builtin:lab-student"}, "teacher": {"builtin:lab-teacher"}, "student": {"hf"}}
+    summary = json.loads((tmp_path / "eval/summary.json").read_text())
+    assert set(summary) == {"base", "teacher", "student", "comparison"}
+    assert summary["teacher"]["test"]["problems"] == 4
+    assert "evaluate/teacher" in [stage["stage"] for stage in json.loads((tmp_path / "report.json").read_text())["stages"]]
+    assert "44 samples graded, 0 verdicts changed" in trd("grade", str(tmp_path))  # 20 rollouts, 8 of each model
+    again = trd("run", *settings)
+    assert again.count("done before, skipped") == 6, again

@@ -8,7 +8,7 @@ from trd_megatron.chat import Chat
 from trd_megatron.config import Config
 from trd_megatron.data import deduplicate, hub
 from trd_megatron.engine.base import Weights
-from trd_megatron.engine.engines import Engines, student_weights, trained_weights
+from trd_megatron.engine.engines import Engines, Role, student_weights, teacher_weights, trained_weights
 from trd_megatron.errors import UserError
 from trd_megatron.evaluate import benchmarks, figures
 from trd_megatron.records import TRAJECTORY
@@ -41,11 +41,19 @@ def run_student(config: Config, run_dir: RunDir, folder: Path, engines: Engines)
     return _run(config, run_dir, folder, engines, trained_weights(run_dir), "hf")
 
 
-def _run(config: Config, run_dir: RunDir, folder: Path, engines: Engines, weights: Weights, name: str) -> dict[str, Any]:
+def run_teacher(config: Config, run_dir: RunDir, folder: Path, engines: Engines) -> dict[str, Any]:
+    assert config.teacher.path is not None  # config_checks
+    return _run(config, run_dir, folder, engines, teacher_weights(config, run_dir), config.teacher.path, "teacher")
+
+
+def _run(
+    config: Config, run_dir: RunDir, folder: Path, engines: Engines, weights: Weights, name: str, role: Role = "student"
+) -> dict[str, Any]:
     settings = config.evaluate
     claim(folder, weights)
-    chat = Chat(weights.path, config.data.prompt_format, config.student.chat_template_kwargs)
-    author = Author("student", weights, name, chat)
+    asked = config.teacher if role == "teacher" else config.student
+    chat = Chat(weights.path, config.data.prompt_format, asked.chat_template_kwargs)
+    author = Author(role, weights, name, chat)
     trained = [problem for problem in prepare.read(run_dir).values() if problem["split"] == "train"]  # none with job=evaluate
     known = deduplicate.texts(trained)
     found: dict[str, Any] = {}
@@ -77,18 +85,18 @@ def measured(target: Path) -> dict[str, Any]:
 
 
 def write_summary(first: RunDir, run_dir: RunDir, models: set[str]) -> None:
-    """eval/summary.json of a round: model -> benchmark -> figures, from the manifests of `models` (base, student), those evaluated with
-    the current settings; and where there are both, comparison -> benchmark -> figures.comparison.
+    """eval/summary.json of a round: model -> benchmark -> figures, from the manifests of `models` (base, teacher, student), those evaluated
+    with the current settings; and where there are both, comparison -> benchmark -> figures.comparison.
 
-    first: the view of round 0, where the base is. Raises UserError if the two have other samples.
+    first: the view of round 0, where base and teacher are. Raises UserError if the two have other samples.
     """
     summary: dict[str, Any] = {}
-    folders = {"base": first.eval / "base", "student": run_dir.eval / "student"}
+    folders = {"base": first.eval / "base", "teacher": first.eval / "teacher", "student": run_dir.eval / "student"}
     for model in sorted(models):
         manifest = Manifest.read(folders[model])
         assert manifest is not None  # it has just been found done
         summary[model] = manifest.counts
-    if models == {"base", "student"}:
+    if {"base", "student"} <= models:
         summary["comparison"] = {
             name: compared(*(folders[model] / f"{name}.parquet" for model in ("base", "student"))) for name in summary["student"]
         }

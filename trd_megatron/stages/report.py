@@ -107,6 +107,8 @@ def _stages(views: Sequence[RunDir], config: Config) -> dict[str, tuple[str, Man
             del folders["refine"]
         if view.round:
             del folders["evaluate/base"]
+        elif config.evaluate.teacher:
+            folders["evaluate/teacher"] = view.eval / "teacher"
         prefix = f"{view.round}/" if len(views) > 1 else ""
         found |= {prefix + name: (name, Manifest.read(folder)) for name, folder in folders.items()}
     return found

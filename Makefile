@@ -7,7 +7,7 @@ SGLANG_VENV := .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
 SGLANG_CPU := tools/sglang_cpu
 
-.PHONY: venv sglang-cpu quickstart smoke test acceptance check lock wheel clean help
+.PHONY: venv sglang-cpu quickstart smoke lab lab-full test acceptance check lock wheel clean help
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -37,6 +37,21 @@ quickstart: venv ## The whole pipeline on a real model, on a CPU: about six minu
 
 smoke: venv ## The whole pipeline on a tiny random model: under a minute.
 	$(TRD) run experiment=smoke
+
+# The lab (docs/lab.md). LAB, LAB_SEEDS and LAB_METHODS can be set: make lab LAB_SEEDS=0.
+LAB ?= runs/lab
+LAB_SEEDS ?= 0,1,2
+LAB_METHODS ?= forward_kl,forward_kl_clip,reverse_kl,reverse_kl_top8,trd
+LAB_RUN := $(TRD) run --multirun experiment=lab seed=$(LAB_SEEDS)
+
+lab: venv ## The CPU lab: five methods, OPSD, three seeds, on a small world; the first time its base is pretrained.
+	$(LAB_RUN) method=$(LAB_METHODS) run_dir=$(LAB)/opsd
+
+lab-full: lab ## The lab with OPD, LoRA and the negative control as well.
+	$(LAB_RUN) method=$(LAB_METHODS) run_dir=$(LAB)/opd mode=opd teacher.path=builtin:lab-opd-teacher evaluate.teacher=true
+	$(LAB_RUN) method=forward_kl,trd run_dir=$(LAB)/lora learner.trainable=lora learner.lora.rank=16 learner.lora.alpha=32 learner.learning_rate=4e-3
+	$(LAB_RUN) method=forward_kl,trd run_dir=$(LAB)/control data.world=lab_control
+	$(TRD) report --compare $(LAB)/*/*/ --output $(LAB)
 
 # Two files at a time, since many tests wait for servers or run on one core; the short ones last, so that both workers end together.
 test: venv ## Run the tests.

@@ -252,8 +252,33 @@ def status(run_path: RunPath) -> None:
 
 
 @app.command()
-def report(run_path: RunPath) -> None:
-    """Write report.html and report.json of a run anew from what lies there."""
+def report(
+    run_paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run directory; with --compare many.")],
+    compare: Annotated[bool, typer.Option("--compare", help="Put runs side by side: the paper's tables, pooled over seeds.")] = False,
+    output_folder: Annotated[
+        Path, typer.Option("--output", metavar="FOLDER", help="--compare: where report.html, report.json and report.md go.")
+    ] = Path("comparison"),
+) -> None:
+    """Write report.html and report.json of a run anew from what lies there; or compare runs.
+
+    Runs that differ in seed alone are pooled, methods are the rows of the tables, and any other setting in which runs differ makes a
+    table of its own.
+
+    [bold]Examples[/bold]
+
+      trd report runs/quickstart
+
+      trd report --compare runs/lab/* runs/lab_opd/* --output runs/everything
+    """
+    if compare:
+        from trd_megatron.report import compare as comparison
+
+        comparison.write(run_paths, output_folder)
+        console.print(f"report: {output_folder / 'report.html'}", highlight=False)
+        return
+    if len(run_paths) > 1:
+        raise UserError("trd report takes one run; --compare puts several side by side")
+    [run_path] = run_paths
     from trd_megatron.config import from_dict
     from trd_megatron.run_dir import RunDir, read_config
 

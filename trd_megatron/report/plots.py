@@ -15,8 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-INK, GRID, FIRST, SECOND, THIRD = "#010203", "#020304", "#030405", "#040506", "#050607"  # stand-ins, see COLOURS
-COLOURS = {INK: "var(--ink)", GRID: "var(--rule)", FIRST: "var(--first)", SECOND: "var(--second)", THIRD: "var(--third)"}
+# Stand-ins, see COLOURS.
+INK, GRID, FIRST, SECOND, THIRD, FOURTH, FIFTH = "#010203", "#020304", "#030405", "#040506", "#050607", "#060708", "#070809"
+COLOURS = {
+    INK: "var(--ink)", GRID: "var(--rule)", FIRST: "var(--first)", SECOND: "var(--second)", THIRD: "var(--third)",
+    FOURTH: "var(--fourth)", FIFTH: "var(--fifth)",
+}  # fmt: skip
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # so that print without colours tells series apart
 SETTINGS = {
     "svg.fonttype": "none",  # text stays text, in the page's own font
     "font.size": 10,
@@ -52,7 +57,7 @@ def _style(salt: str) -> Iterator[None]:
         yield
 
 
-def _svg(name: str, draw: Callable[[Figure], None], height: float = HEIGHT) -> str:
+def to_svg(name: str, draw: Callable[[Figure], None], height: float = HEIGHT) -> str:
     """The figure as an <svg> element for an HTML page: no prolog, no metadata, no ids but those it refers to."""
     buffer = io.StringIO()
     with _style(name):
@@ -78,12 +83,19 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], colour: str, **mor
     axes.plot(x, y, color=colour, marker="o" if len(x) <= MARKED else None, **more)
 
 
-def _steps(axes: Axes) -> None:
+def looks(count: int) -> list[dict[str, Any]]:
+    """Colour and line style of each of `count` series; from the sixth on they come again."""
+    colours = (FIRST, SECOND, THIRD, FOURTH, FIFTH)
+    return [{"color": colours[index % len(colours)], "linestyle": LINES[index % len(LINES)]} for index in range(count)]
+
+
+def step_axis(axes: Axes) -> None:
+    """The x axis counts optimizer steps."""
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
     """Above the plot, where it hides nothing."""
     axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2, borderaxespad=0)
 
@@ -99,10 +111,10 @@ def kl(metrics: Sequence[Mapping[str, Any]]) -> str:
         if values != losses:
             _line(axes, steps, losses, SECOND, label="loss (clipped)", linestyle="--")
         axes.set_ylabel("nats per token")
-        _legend(axes)
-        _steps(axes)
+        legend(axes)
+        step_axis(axes)
 
-    return _svg("KL and loss per step", draw)
+    return to_svg("KL and loss per step", draw)
 
 
 def held_out(before: float, metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -117,9 +129,9 @@ def held_out(before: float, metrics: Sequence[Mapping[str, Any]]) -> str:
         axes.set_ylabel("nats per token")
         axes.margins(y=0.15)
         axes.set_ylim(bottom=0)
-        _steps(axes)
+        step_axis(axes)
 
-    return _svg("KL of the fixed held-out batch", draw)
+    return to_svg("KL of the fixed held-out batch", draw)
 
 
 def gradient_norm(metrics: Sequence[Mapping[str, Any]], clip_grad: float) -> str:
@@ -135,9 +147,9 @@ def gradient_norm(metrics: Sequence[Mapping[str, Any]], clip_grad: float) -> str
             axes.text(1, clip_grad, "clipped above", transform=where, ha="right", va="bottom", color=SECOND)
         axes.set_ylabel("gradient norm")
         axes.set_ylim(bottom=0)
-        _steps(axes)
+        step_axis(axes)
 
-    return _svg("Gradient norm", draw)
+    return to_svg("Gradient norm", draw)
 
 
 def learning_rate(metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -149,9 +161,9 @@ def learning_rate(metrics: Sequence[Mapping[str, Any]]) -> str:
         axes.set_ylabel("learning rate")
         axes.set_ylim(bottom=0)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-        _steps(axes)
+        step_axis(axes)
 
-    return _svg("Learning rate", draw)
+    return to_svg("Learning rate", draw)
 
 
 def lengths(initial: Sequence[int], refined: Sequence[int] | None) -> str:
@@ -170,28 +182,28 @@ def lengths(initial: Sequence[int], refined: Sequence[int] | None) -> str:
         axes.set_ylabel("samples")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        _legend(axes)
+        legend(axes)
 
-    return _svg("Response lengths", draw)
+    return to_svg("Response lengths", draw)
 
 
 def pass_curve(models: Mapping[str, Mapping[str, Any]]) -> str:
-    """Pass@k over k with its intervals. models: what each is called -> its figures (evaluate.figures.of_model)."""
+    """Pass@k over k with its intervals. models: what each is called -> its figures (evaluate.figures.of_model, or `named`)."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for (name, of), colour in zip(models.items(), (FIRST, SECOND), strict=False):
-            ks = list(range(1, of["k"] + 1))
-            _line(axes, ks, of["pass_curve"], colour, label=name)
+        for (name, of), look in zip(models.items(), looks(len(models)), strict=True):
+            ks = list(range(1, len(of["pass_curve"]) + 1))
+            axes.plot(ks, of["pass_curve"], label=name, marker="o" if len(models) <= 2 else None, **look)
             if all(of["pass_curve_intervals"]):
                 low, high = zip(*of["pass_curve_intervals"], strict=True)
-                axes.fill_between(ks, low, high, color=colour, alpha=0.15, linewidth=0)
+                axes.fill_between(ks, low, high, color=look["color"], alpha=0.12, linewidth=0)
         axes.set_xlabel("k")
         axes.set_ylabel("Pass@k, %")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        _legend(axes)
+        legend(axes)
 
-    return _svg("Pass@k", draw)
+    return to_svg("Pass@k", draw)
 
 
 def success_lengths(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -208,11 +220,11 @@ def success_lengths(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             axes.hist(right, bins=bins, range=span, histtype="step", color=FIRST, linewidth=1.6, label="correct")
             axes.set_ylabel(f"samples, {name}")
             axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-            _legend(axes)
+            legend(axes)
         axes.set_xlabel("response tokens")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
-    return _svg("Lengths of correct and incorrect samples", draw, HEIGHT * (1 if len(models) == 1 else 1.6))
+    return to_svg("Lengths of correct and incorrect samples", draw, HEIGHT * (1 if len(models) == 1 else 1.6))
 
 
 def joint_outcomes(counts: Mapping[str, int]) -> str:
@@ -232,4 +244,4 @@ def joint_outcomes(counts: Mapping[str, int]) -> str:
         axes.set_xticks([])
         axes.margins(x=0.28)
 
-    return _svg("Joint outcomes of y_o and y_r", draw, HEIGHT * 0.8)
+    return to_svg("Joint outcomes of y_o and y_r", draw, HEIGHT * 0.8)

@@ -7,19 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
 from trd_megatron.config import Config, get, leaves
 from trd_megatron.errors import UserError
 from trd_megatron.evaluate import benchmarks
 from trd_megatron.evaluate.metrics import RESAMPLES
-from trd_megatron.report import html, plots, tables
+from trd_megatron.report import curves, html, plots, reading, tables
 from trd_megatron.run_dir import Manifest, RunDir, atomic_write, write_json
 
 SAMPLES_SHOWN = 6
-GRADED = ("problem_id", "sample_index", "finish_reason", "passed", "verdict")
 TEXTS = ("problem_id", "sample_index", "response", "extracted_answer")
 
 
@@ -65,10 +60,10 @@ def _training(
 ) -> tuple[dict[str, Any], dict[str, str], list[dict[str, Any]]]:
     """(figures, plots, samples) of the last round's trajectories and training, and the comparison of rounds."""
     refines = config.method.trajectory == "refined"
-    rollouts = _rows(_shards(run_dir.rollouts))
-    refined = _rows(_shards(run_dir.refined)) if refines else None
-    summary = json.loads(_text(run_dir.train / "summary.json"))
-    metrics = [json.loads(line) for line in _text(run_dir.train / "metrics.jsonl").splitlines()]
+    rollouts = reading.graded(reading.shards(run_dir.rollouts))
+    refined = reading.graded(reading.shards(run_dir.refined)) if refines else None
+    summary = json.loads(reading.text(run_dir.train / "summary.json"))
+    metrics = [json.loads(line) for line in reading.text(run_dir.train / "metrics.jsonl").splitlines()]
     exported = Manifest.read(run_dir.hf)
     figures = {
         "method": config.method.name,
@@ -79,6 +74,7 @@ def _training(
         "training": summary,
         "exported_step": None if exported is None else exported.counts["step"],
         "trajectories": tables.trajectories(rollouts, refined),
+        "diagnostics_at_start": curves.start(metrics),
     }
     if len(views) > 1:
         figures["rounds"] = [_round(view, refines, scores) for view, scores in zip(views, lines, strict=True)]
@@ -87,7 +83,8 @@ def _training(
         "held_out": plots.held_out(summary["kl_fixed_batch_before"], metrics),
         "gradient_norm": plots.gradient_norm(metrics, config.learner.clip_grad),
         "learning_rate": plots.learning_rate(metrics),
-        "lengths": plots.lengths(_lengths(rollouts), None if refined is None else _lengths(refined)),
+        **curves.diagnostics({config.method.name: metrics}),
+        "lengths": plots.lengths(reading.lengths(rollouts), None if refined is None else reading.lengths(refined)),
     }
     if refined:
         drawn["joint_outcomes"] = plots.joint_outcomes(figures["trajectories"]["joint_outcomes"])
@@ -117,7 +114,7 @@ def _stages(views: Sequence[RunDir], config: Config) -> dict[str, tuple[str, Man
 def _benchmark(first: RunDir, view: RunDir | None, name: str) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
     """(figures, rows) of the base of round 0 and, where it is given, of the student of a round."""
     folders = {"base": first.eval / "base"} | ({} if view is None else {"student": view.eval / "student"})
-    rows = [_rows([folder / f"{name}.parquet"]) for folder in folders.values()]
+    rows = [reading.graded([folder / f"{name}.parquet"]) for folder in folders.values()]
     try:
         line = tables.benchmark(name, rows[0], rows[1] if view else None)
     except ValueError as error:
@@ -135,51 +132,8 @@ def _benchmark(first: RunDir, view: RunDir | None, name: str) -> tuple[dict[str,
 
 def _round(view: RunDir, refines: bool, lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One line of the table of rounds."""
-    rollouts, refined = _rows(_shards(view.rollouts)), _rows(_shards(view.refined)) if refines else None
-    return tables.one_round(view.round, rollouts, refined, json.loads(_text(view.train / "summary.json")), lines)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: move {path.parent} away and run again") from None
-
-
-def _shards(folder: Path) -> list[Path]:
-    shards = sorted(folder.glob("part-*.parquet"))
-    if not shards:
-        raise UserError(f"{folder} holds no part-*.parquet: move it away and run again")
-    return shards
-
-
-def _read(path: Path, columns: Sequence[str]) -> pa.Table:
-    try:
-        return pq.read_table(path, columns=list(columns)).select(list(columns))
-    except (pa.ArrowInvalid, KeyError, OSError) as error:
-        reason = str(error.args[0] if error.args else error).splitlines()[0]
-        raise UserError(f"{path} cannot be read ({reason}): move {path.parent} away and run again") from None
-
-
-def _rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Trajectories as report.tables takes them. Ids and texts, nearly all of the bytes, do not become Python objects."""
-    rows: list[dict[str, Any]] = []
-    for path in paths:
-        table = _read(path, (*GRADED, "response_ids"))
-        lengths = pc.list_value_length(table["response_ids"])
-        rows += table.select(list(GRADED)).append_column("response_tokens", lengths).to_pylist()
-    return rows
-
-
-def _lengths(rows: Sequence[tables.Row]) -> list[int]:
-    return [row["response_tokens"] for row in rows]
-
-
-def _texts(paths: Sequence[Path], columns: Sequence[str], problem_ids: set[str]) -> list[dict[str, Any]]:
-    """The rows of these problems."""
-    wanted = pa.array(sorted(problem_ids), pa.string())
-    tables_read = (_read(path, columns) for path in paths)
-    return [row for table in tables_read for row in table.filter(pc.is_in(table["problem_id"], wanted)).to_pylist()]
+    rollouts, refined = reading.graded(reading.shards(view.rollouts)), reading.graded(reading.shards(view.refined)) if refines else None
+    return tables.one_round(view.round, rollouts, refined, json.loads(reading.text(view.train / "summary.json")), lines)
 
 
 def _samples(
@@ -187,12 +141,12 @@ def _samples(
 ) -> list[dict[str, Any]]:
     """The picked samples with their texts: outcome, problem_id, problem, answer, attempts (y_o, then y_r if there is one)."""
     ids = {problem_id for (problem_id, _), _ in picked}
-    found = _texts(_shards(run_dir.problems), ("problem_id", "problem", "answer"), ids)
+    found = reading.of_problems(reading.shards(run_dir.problems), ("problem_id", "problem", "answer"), ids)
     problems = {row["problem_id"]: row for row in found}
     sources = [(run_dir.rollouts, rollouts)] if refined is None else [(run_dir.rollouts, rollouts), (run_dir.refined, refined)]
     attempts = []
     for folder, rows in sources:
-        texts = {tables.key(row): row for row in _texts(_shards(folder), TEXTS, ids)}
+        texts = {tables.key(row): row for row in reading.of_problems(reading.shards(folder), TEXTS, ids)}
         attempts.append({tables.key(row): {**row, **texts[tables.key(row)]} for row in rows if row["problem_id"] in ids})
     return [
         {**problems[which[0]], "outcome": outcome, "sample_index": which[1], "attempts": [each[which] for each in attempts]}

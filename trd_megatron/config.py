@@ -67,6 +67,11 @@ class DataConfig:
     exclude_benchmarks: list[str] = opt(
         [], "Problems that occur in one of these benchmarks are left out: names or files, as in evaluate.benchmarks."
     )
+    filter: str = opt(
+        "all",
+        "Which trajectories are trained on. fail: of wrong y_o. succ: of right y_o. fail_to_succ: of wrong y_o with a right y_r.",
+        choices=("all", "fail", "succ", "fail_to_succ"),
+    )
     prompt_format: str = opt("chat", "chat: the model's chat template. plain: prompt + newline.", choices=("chat", "plain"))
 
 

@@ -9,13 +9,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from trd_megatron.config import Config, DataConfig, EvaluateConfig, MethodConfig, ModelConfig
 from trd_megatron.errors import UserError
 from trd_megatron.records import PROBLEM, REFINED, TRAJECTORY
-from trd_megatron.report import html, plots, tables
+from trd_megatron.report import curves, html, plots, reading, tables
 from trd_megatron.run_dir import IN_ROUND, Manifest, RunDir, shard_path, write_json, write_parquet
 from trd_megatron.stages import report
 
@@ -80,6 +81,8 @@ def make_run(path: Path, *, method: MethodConfig | None = None, graded: bool = T
         | {"problem_id": name, "task": "math", "problem": f"{SCRIPT} {name}", "answer": CLOSING, "source": "s", "split": "train"}
         for name in PAIRS
     ]
+    for problem in problems[:2]:
+        problem["reference_solution"] = f"worked {SCRIPT}"
     write_parquet(shard_path(run_dir.problems, 0), problems, PROBLEM)
     manifest(run_dir.problems, "prepare", {"train_problems": 6}, 0.5)
 
@@ -196,6 +199,7 @@ def test_figures(tmp_path: Path) -> None:
         "aborted_rate": 0.0,
         "unparsable_rate": 0.0,
         "error_rate": pytest.approx(100 / 7),
+        "repetition_rate": 0.0,
         "finish_reasons": {"length": 2, "stop": 5},
         "verdicts": {"error": 1, "fail": 3, "pass": 3},
     }
@@ -206,6 +210,19 @@ def test_figures(tmp_path: Path) -> None:
     assert both["not_refined"] == 1
     assert both["rollout_pass_rate_of_the_refined"] == 40.0
     assert both["joint_outcomes"] == {"fail → pass": 2, "pass → fail": 1, "pass → pass": 1, "fail → fail": 1, "not graded": 1}
+    assert both["mean_tokens_by_outcome"] == {
+        "fail → pass": [40, 7], "pass → fail": [40, 64], "pass → pass": [10, 12], "fail → fail": [30, 16], "not graded": [50, 2],
+    }  # fmt: skip
+    parts = both["by_reference"]
+    assert [(parts[name]["rollouts"]["samples"], parts[name]["refined"]["samples"]) for name in ("worked", "answer_only")] == [
+        (2, 2),
+        (5, 4),
+    ]
+    assert parts["worked"]["joint_outcomes"]["fail → pass"] == 1
+    costs = figures["costs"]
+    assert costs["total_seconds"] == 26.0
+    assert costs["rollout"] == {"seconds": 14.0, "response_tokens": 280, "tokens_per_second": 20.0, "percent": pytest.approx(1400 / 26)}
+    assert {name for name in costs if name != "total_seconds"} == {"rollout", "refine", "train"}
     assert counts["samples_shown"] == 6
 
     stages = {line["stage"]: line for line in figures["stages"]}
@@ -272,7 +289,7 @@ def test_baseline_has_no_refined(tmp_path: Path) -> None:
     # What an earlier run of trd left in the same folder is not this run's.
     write_parquet(shard_path(run_dir.refined, 0), [row("gone", 0, True, 1, "", initial_response="")], REFINED)
     figures, page, _ = written(config, run_dir)
-    assert set(figures["trajectories"]) == {"rollouts"}
+    assert set(figures["trajectories"]) == {"rollouts", "by_reference"}
     assert "refine" not in [line["stage"] for line in figures["stages"]]
     assert "<i>y</i><sub>r</sub>" not in page
     assert "y_r, refined" not in page
@@ -324,7 +341,7 @@ def test_missing_column_is_named(tmp_path: Path) -> None:
 
 
 def test_benchmark_needs_the_same_samples() -> None:
-    one, other = ([{**row(name, 0, True, 1, ""), "response_tokens": 1}] for name in ("a", "b"))
+    one, other = ([{**row(name, 0, True, 1, ""), "response_tokens": 1, "repetition": None}] for name in ("a", "b"))
     with pytest.raises(ValueError, match="same samples"):
         tables.benchmark("test", one, other)
     with pytest.raises(ValueError, match="at least one"):
@@ -392,3 +409,55 @@ def test_rounds_are_compared_and_the_last_is_shown(tmp_path: Path) -> None:
     Page(page)
     assert "<h2>Rounds</h2>" in page
     assert "in the last of 2 rounds" in page
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([1, 2, 3], None),
+        ([1, 2, 3, 4], 0.0),
+        ([7] * 8, 0.8),  # five 4-grams, one of them different
+        ([1, 2, 3, 4, 1, 2, 3, 4], 0.2),
+        ([*range(1, 70_001), 1, 2, 3, 4], 1 / 70_001),  # more different ids than 16 bits hold
+    ],
+)
+def test_repetition(ids: list[int], expected: float | None) -> None:
+    found = reading.repetition(np.array(ids, dtype=np.int32))
+    assert found == (None if expected is None else pytest.approx(expected))
+
+
+def test_where_two_texts_part() -> None:
+    assert tables.diverging("a b  c", "a b d") == 5
+    assert tables.diverging("a b", "a b c") is None
+    assert tables.diverging("a b c", "a b") == 4
+    assert tables.diverging("x", "y") == 0
+    assert tables.marked("a b  c d", 5) == ["a b  ", "c", " d"]
+    assert tables.marked("a", None) == ["a", "", ""]
+
+
+def test_the_first_word_that_diverges_is_marked(tmp_path: Path) -> None:
+    config, run_dir = make_run(tmp_path / "run")
+    page = written(config, run_dir)[1]
+    first, second = re.findall(r"<mark>(.*?)</mark>", page, re.S)[:2]
+    assert "<" not in first + second
+    assert page.count("<mark>") >= 2
+
+
+def test_the_figures_of_training_are_curves(tmp_path: Path) -> None:
+    config, run_dir = make_run(tmp_path / "run")
+    lines = [
+        {"step": n, "kl_passed": 0.1, "kl_failed": None if n == 2 else 0.2, "perplexity_gap": -0.1, "epistemic_mass": 0.01 * n}
+        for n in (1, 2)
+    ]
+    assert curves.seed_mean([lines, [{**lines[0], "kl_passed": 0.3, "kl_failed": 0.4}, lines[1]]]) == [
+        {"step": 1, "kl_passed": 0.2, "kl_failed": pytest.approx(0.3), "perplexity_gap": -0.1, "epistemic_mass": 0.01},
+        {"step": 2, "kl_passed": 0.1, "kl_failed": None, "perplexity_gap": -0.1, "epistemic_mass": 0.02},
+    ]
+    assert curves.start(lines) == {"kl_passed": 0.1, "kl_failed": 0.2, "perplexity_gap": -0.1, "epistemic_mass": 0.01}
+    assert curves.start(lines[1:])["kl_failed"] is None
+    drawn = curves.diagnostics({"a<b": lines, "trd": lines})
+    assert set(drawn) == {"kl_by_outcome", "perplexity_gap", "epistemic_mass"}
+    for svg in drawn.values():
+        assert "a&lt;b" in svg and "a<b" not in svg
+        assert "var(--first)" in svg and "var(--second)" in svg
+    assert "per mille" in written(config, run_dir)[1]

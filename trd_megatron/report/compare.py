@@ -25,7 +25,6 @@ from trd_megatron.run_dir import Manifest, RunDir, atomic_write, read_config, wr
 METHODS = ("forward_kl", "forward_kl_clip", "reverse_kl", "reverse_kl_topk", "reverse_kl_top8", "trd")  # the paper's order
 VANILLA, OURS = "forward_kl", "trd"
 METRICS = ("avg_at_k", "pass_at_k")
-COSTS = ("rollout", "refine", "train")
 FILES = ("report.html", "report.json", "report.md")
 
 
@@ -82,7 +81,7 @@ class Run:
         found = {}
         for number in range(self.config.rounds):
             view = self.first.in_round(number, self.config.rounds)
-            for stage, folder in zip(COSTS, (view.rollouts, view.refined, view.train), strict=True):
+            for stage, folder in zip(tables.COSTS, (view.rollouts, view.refined, view.train), strict=True):
                 manifest = Manifest.read(folder)
                 if manifest is not None and (stage != "refine" or self.config.method.trajectory == "refined"):
                     found[f"{number}/{stage}"] = manifest
@@ -274,8 +273,8 @@ def _costs(methods: dict[str, list[Run]]) -> dict[str, Any]:
     """Seconds per stage, the mean over seeds, and TRD's over vanilla forward KL's (the paper's tables 11 and 12)."""
     found: dict[str, Any] = {}
     for method, runs in methods.items():
-        parts = [{stage: _seconds(run, stage) for stage in COSTS} for run in runs]
-        stages = {stage: mean(part[stage] for part in parts) for stage in COSTS if any(part[stage] for part in parts)}
+        parts = [{stage: _seconds(run, stage) for stage in tables.COSTS} for run in runs]
+        stages = {stage: mean(part[stage] for part in parts) for stage in tables.COSTS if any(part[stage] for part in parts)}
         found[method] = stages | {"total": sum(stages.values())}
     costs: dict[str, Any] = {"methods": found}
     if OURS in found and VANILLA in found and found[VANILLA]["total"]:

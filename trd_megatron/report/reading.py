@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from trd_megatron.errors import UserError
 
+NGRAM = 4
 GRADED = ("problem_id", "sample_index", "finish_reason", "passed", "verdict")
 Row = Mapping[str, Any]  # as report.tables takes it
 
@@ -41,9 +44,26 @@ def graded(paths: Sequence[Path]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for path in paths:
         table = read(path, (*GRADED, "response_ids"))
-        lengths = pc.list_value_length(table["response_ids"])
-        rows += table.select(list(GRADED)).append_column("response_tokens", lengths).to_pylist()
+        ids = table["response_ids"].combine_chunks()
+        found = table.select(list(GRADED)).append_column("response_tokens", pc.list_value_length(ids))
+        repeated = pa.array([repetition(one.values.to_numpy()) for one in ids], pa.float64())
+        rows += found.append_column("repetition", repeated).to_pylist()
     return rows
+
+
+def repetition(ids: NDArray[np.integer]) -> float | None:
+    """Share of a response's 4-grams that stood in it before (seq-rep-4 of Welleck et al., 2020, section 5.2), between 0 and 1; None
+    where it has none. ids: [tokens]."""
+    if len(ids) < NGRAM:
+        return None
+    known, ranks = np.unique(ids, return_inverse=True)
+    if len(known) <= 1 << 16:  # a 4-gram fits into 64 bits
+        windows = np.lib.stride_tricks.sliding_window_view(ranks.astype(np.uint64), NGRAM)
+        different = len(np.unique(windows @ (np.uint64(1) << (np.arange(NGRAM, dtype=np.uint64) * np.uint64(16)))))
+    else:
+        windows = np.lib.stride_tricks.sliding_window_view(ranks, NGRAM)
+        different = len(np.unique(windows, axis=0))
+    return 1 - different / len(windows)
 
 
 def lengths(rows: Sequence[Row]) -> list[int]:

@@ -1,21 +1,23 @@
 """The figures of the report, computed from rows, metrics and manifests. Pure functions; report.json holds what they return.
 
-A row is a trajectory without its texts: problem_id, sample_index, finish_reason, passed (None: not graded), verdict and
-response_tokens. Rates are in percent, differences in percentage points, lengths in tokens.
+A row is a trajectory without its texts: problem_id, sample_index, finish_reason, passed (None: not graded), verdict,
+response_tokens and repetition (reading.repetition). Rates are in percent, differences in percentage points, lengths in tokens.
 """
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from statistics import mean, median
 from typing import Any
 
 from trd_megatron.evaluate import figures
+from trd_megatron.report.reading import Row
 
-Row = Mapping[str, Any]
 Key = tuple[str, int]
 
 NOT_GRADED = "not graded"
 OUTCOMES = ("fail → pass", "pass → fail", "pass → pass", "fail → fail", NOT_GRADED)  # of y_o → y_r
+COSTS = ("rollout", "refine", "train")
 TOKENS = {"rollout": "response_tokens", "refine": "response_tokens", "train": "tokens"}  # stage -> its count of response tokens
 
 
@@ -33,6 +35,7 @@ def describe(rows: Sequence[Row]) -> dict[str, Any]:
     tokens = [row["response_tokens"] for row in rows]
     graded = sum(row["passed"] is not None for row in rows)
     passed = sum(row["passed"] is True for row in rows)
+    repeated = [row["repetition"] for row in rows if row["repetition"] is not None]
     return {
         "samples": len(rows),
         "graded": graded,
@@ -45,6 +48,7 @@ def describe(rows: Sequence[Row]) -> dict[str, Any]:
         "aborted_rate": percent(sum(row["finish_reason"] == "abort" for row in rows), len(rows)),
         "unparsable_rate": percent(sum(row["verdict"] == "no_answer" for row in rows), len(rows)),
         "error_rate": percent(sum(row["verdict"] == "error" for row in rows), len(rows)),
+        "repetition_rate": 100 * mean(repeated) if repeated else None,
         "finish_reasons": _counted(row["finish_reason"] for row in rows),
         "verdicts": _counted(row["verdict"] or NOT_GRADED for row in rows),
     }
@@ -96,8 +100,21 @@ def outcome(before: bool | None, after: bool | None) -> str:
     return f"{'pass' if before else 'fail'} → {'pass' if after else 'fail'}"
 
 
-def trajectories(rollouts: Sequence[Row], refined: Sequence[Row] | None) -> dict[str, Any]:
-    """y_o and y_r, and how each pair came out. refined None: the method trains on y_o. Raises KeyError on a y_r without y_o."""
+def trajectories(rollouts: Sequence[Row], refined: Sequence[Row] | None, worked: Set[str] = frozenset()) -> dict[str, Any]:
+    """y_o and y_r, and how each pair came out. refined None: the method trains on y_o. worked: the problems with a worked reference
+    solution, by which all is told apart (paper, section B.1). Raises KeyError on a y_r without y_o."""
+    found = _pairs(rollouts, refined)
+    parts = {}
+    for name, has in (("worked", True), ("answer_only", False)):
+        of = [row for row in rollouts if (row["problem_id"] in worked) is has]
+        if of:
+            parts[name] = _pairs(of, None if refined is None else [row for row in refined if (row["problem_id"] in worked) is has])
+    if len(parts) == 2:
+        found["by_reference"] = parts
+    return found
+
+
+def _pairs(rollouts: Sequence[Row], refined: Sequence[Row] | None) -> dict[str, Any]:
     found: dict[str, Any] = {"rollouts": describe(rollouts)}
     if refined is not None:
         by_key = {key(row): row for row in rollouts}
@@ -107,6 +124,12 @@ def trajectories(rollouts: Sequence[Row], refined: Sequence[Row] | None) -> dict
         found["not_refined"] = len(rollouts) - len(refined)
         found["rollout_pass_rate_of_the_refined"] = describe([before for before, _ in pairs])["pass_rate"]
         found["joint_outcomes"] = {name: joint[name] for name in OUTCOMES}
+        lengths: dict[str, list[tuple[int, int]]] = {}
+        for before, after in pairs:
+            lengths.setdefault(outcome(before["passed"], after["passed"]), []).append((before["response_tokens"], after["response_tokens"]))
+        found["mean_tokens_by_outcome"] = {
+            name: [mean(of) for of in zip(*lengths[name], strict=True)] for name in OUTCOMES if name in lengths
+        }  # outcome -> [y_o, y_r]
     return found
 
 
@@ -132,6 +155,38 @@ def pick_samples(rollouts: Sequence[Row], refined: Sequence[Row] | None, limit: 
                 problems.add(which[0])
                 chosen.append((which, name))
     return sorted(chosen, key=lambda item: order.index(item[1]))
+
+
+def costs(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a method cost, from the lines of the stage table (paper, tables 11 and 12): seconds, response tokens and share of the total
+    of rollout, refine and train over all rounds; without evaluation and the start of servers."""
+    found: dict[str, Any] = {}
+    for name in COSTS:
+        lines = [line for line in stages if line["stage"].split("/")[-1] == name and line["status"] != "missing"]
+        if lines:
+            tokens = sum(line["response_tokens"] or 0 for line in lines)
+            seconds = sum(line["seconds"] for line in lines)
+            found[name] = {"seconds": seconds, "response_tokens": tokens, "tokens_per_second": tokens / seconds if seconds else None}
+    total = sum(of["seconds"] for of in found.values())
+    return {name: of | {"percent": percent(of["seconds"], total)} for name, of in found.items()} | {"total_seconds": total}
+
+
+def diverging(first: str, second: str) -> int | None:
+    """Where `first` leaves `second`: the place in it of the first word that stands otherwise there; None if it does nowhere."""
+    words, others = (re.finditer(r"\S+", text) for text in (first, second))
+    for word in words:
+        other = next(others, None)
+        if other is None or other[0] != word[0]:
+            return word.start()
+    return None
+
+
+def marked(text: str, place: int | None) -> list[str]:
+    """[what comes before the word at `place`, that word, what follows]; all of it before where there is no place."""
+    if place is None:
+        return [text, "", ""]
+    end = place + len(text[place:].split(maxsplit=1)[0])
+    return [text[:place], text[place:end], text[end:]]
 
 
 def stage(name: str, manifest: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from trd_megatron.evaluate import benchmarks
 from trd_megatron.evaluate.metrics import RESAMPLES
 from trd_megatron.report import curves, html, plots, reading, tables
 from trd_megatron.run_dir import Manifest, RunDir, atomic_write, write_json
+from trd_megatron.verify.lab import first_error, word_place
 
 SAMPLES_SHOWN = 6
 TEXTS = ("problem_id", "sample_index", "response", "extracted_answer")
@@ -33,19 +34,21 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
         drawn[f"pass_curve/{line['benchmark']}"] = plots.pass_curve(models)
         drawn[f"success_lengths/{line['benchmark']}"] = plots.success_lengths(dict(zip(models, rows, strict=True)))
     lines = [[line for line, _ in of_round] for of_round in scores]
-    figures = {
+    lines_of_stages = [tables.stage(name, done.get(label)) | {"stage": label} for label, (name, _) in stages.items()]
+    figures: dict[str, Any] = {
         "experiment": config.name,
         "job": config.job,
         "student": config.model.path,
         "seed": config.seed,
         "benchmarks": lines[-1],
         "resamples": RESAMPLES,
-        "stages": [tables.stage(name, done.get(label)) | {"stage": label} for label, (name, _) in stages.items()],
+        "stages": lines_of_stages,
         "versions": tables.library_versions(done),
         "settings": {name: get(config, name) for name, _ in leaves()},
     }
     samples: list[dict[str, Any]] = []
     if distils:
+        figures["costs"] = tables.costs(lines_of_stages)
         trained, plotted, samples = _training(config, run_dir, views, lines)
         figures, drawn = figures | trained, drawn | plotted
     page = html.render(figures | {"samples": samples, "help": _help()}, drawn)
@@ -73,7 +76,7 @@ def _training(
         "kl_fixed_batch": tables.kl_change(summary),
         "training": summary,
         "exported_step": None if exported is None else exported.counts["step"],
-        "trajectories": tables.trajectories(rollouts, refined),
+        "trajectories": tables.trajectories(rollouts, refined, _worked(run_dir)),
         "diagnostics_at_start": curves.start(metrics),
     }
     if len(views) > 1:
@@ -136,12 +139,22 @@ def _round(view: RunDir, refines: bool, lines: Sequence[dict[str, Any]]) -> dict
     return tables.one_round(view.round, rollouts, refined, json.loads(reading.text(view.train / "summary.json")), lines)
 
 
+def _worked(run_dir: RunDir) -> set[str]:
+    """The problems with a worked reference solution."""
+    found: set[str] = set()
+    for path in reading.shards(run_dir.problems):
+        table = reading.read(path, ("problem_id", "reference_solution"))
+        found.update(table.filter(table["reference_solution"].is_valid())["problem_id"].to_pylist())
+    return found
+
+
 def _samples(
     run_dir: RunDir, picked: list[tuple[tables.Key, str]], rollouts: Sequence[tables.Row], refined: Sequence[tables.Row] | None
 ) -> list[dict[str, Any]]:
     """The picked samples with their texts: outcome, problem_id, problem, answer, attempts (y_o, then y_r if there is one)."""
     ids = {problem_id for (problem_id, _), _ in picked}
-    found = reading.of_problems(reading.shards(run_dir.problems), ("problem_id", "problem", "answer"), ids)
+    columns = ("problem_id", "task", "problem", "answer", "reference_solution")
+    found = reading.of_problems(reading.shards(run_dir.problems), columns, ids)
     problems = {row["problem_id"]: row for row in found}
     sources = [(run_dir.rollouts, rollouts)] if refined is None else [(run_dir.rollouts, rollouts), (run_dir.refined, refined)]
     attempts = []
@@ -149,9 +162,24 @@ def _samples(
         texts = {tables.key(row): row for row in reading.of_problems(reading.shards(folder), TEXTS, ids)}
         attempts.append({tables.key(row): {**row, **texts[tables.key(row)]} for row in rows if row["problem_id"] in ids})
     return [
-        {**problems[which[0]], "outcome": outcome, "sample_index": which[1], "attempts": [each[which] for each in attempts]}
+        {**problems[which[0]], "outcome": outcome, "sample_index": which[1]}
+        | {"attempts": _with_parts(problems[which[0]], [each[which] for each in attempts])}
         for which, outcome in picked
     ]
+
+
+def _with_parts(problem: dict[str, Any], attempts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each attempt with its response in three parts: before the first step that diverges, its first word, and the rest. In the lab a
+    response diverges where it is wrong; elsewhere y_o and y_r do where they part."""
+    texts = [attempt["response"] for attempt in attempts]
+    if problem["task"] == "lab":
+        errors = [first_error(problem["problem"], problem["reference_solution"], text) for text in texts]
+        places = [None if error is None else word_place(text, error[1]) for text, error in zip(texts, errors, strict=True)]
+    elif len(texts) == 2:
+        places = [tables.diverging(texts[0], texts[1]), tables.diverging(texts[1], texts[0])]
+    else:
+        places = [None]
+    return [attempt | {"parts": tables.marked(text, place)} for attempt, text, place in zip(attempts, texts, places, strict=True)]
 
 
 def _help() -> dict[str, str]:

@@ -22,7 +22,7 @@ from trd_megatron.stages.generate import drawn
 
 
 def build_samples(config: Config, run_dir: RunDir) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Rows of records.SAMPLE and what was left out: (rows, {"aborted": n, "over_budget": n}).
+    """Rows of records.SAMPLE and what was left out: (rows, {"aborted": n, "filtered": n, "over_budget": n}).
 
     The student's prompt is the one its rollout was drawn under, the response ids are the engine's own. The teacher's
     prompt follows method.teacher_prompt: vanilla, or refine with y_o in it. Raises UserError if a trajectory was drawn from other
@@ -33,13 +33,17 @@ def build_samples(config: Config, run_dir: RunDir) -> tuple[list[dict[str, Any]]
     refined = config.method.trajectory == "refined"
     columns = ["problem_id", "sample_index", "finish_reason", "prompt_ids", "response_ids"]
     of_rollouts = ["response", "passed", *(columns[:-1] if refined else columns)]
+    of_refined = ["passed", *columns]
     rollouts = {(row["problem_id"], row["sample_index"]): row for row in drawn(run_dir.rollouts, TRAJECTORY, run_dir.round, of_rollouts)}
-    trajectories = drawn(run_dir.refined, REFINED, teacher_version(config, run_dir), columns) if refined else rollouts.values()
-    rows, left_out = [], {"aborted": 0, "over_budget": 0}
+    trajectories = drawn(run_dir.refined, REFINED, teacher_version(config, run_dir), of_refined) if refined else rollouts.values()
+    rows, left_out = [], {"aborted": 0, "filtered": 0, "over_budget": 0}
     for row in trajectories:
         rollout = rollouts[row["problem_id"], row["sample_index"]]
         if row["finish_reason"] == "abort":
             left_out["aborted"] += 1
+            continue
+        if not _kept(config.data.filter, rollout["passed"], row["passed"]):
+            left_out["filtered"] += 1
             continue
         if refined and config.method.teacher_prompt == "refine":
             teacher_ids = row["prompt_ids"]
@@ -60,6 +64,14 @@ def build_samples(config: Config, run_dir: RunDir) -> tuple[list[dict[str, Any]]
             }
         )
     return rows, left_out
+
+
+def _kept(chosen: str, passed: bool | None, trained_passed: bool | None) -> bool:
+    """Whether data.filter keeps a trajectory (the paper, section B.3). passed: y_o's; trained_passed: of what is trained on. What was
+    not graded is in none of the subsets."""
+    if chosen == "all":
+        return True
+    return passed is (chosen == "succ") and (chosen != "fail_to_succ" or trained_passed is True)
 
 
 @dataclass(frozen=True)
@@ -83,7 +95,8 @@ def write(config: Config, run_dir: RunDir, folder: Path) -> Prepared:
     rows, left_out = build_samples(config, run_dir)
     held_out = config.learner.held_out_samples
     if len(rows) <= held_out:
-        raise UserError(f"{len(rows)} trajectories to train on, of which learner.held_out_samples={held_out} are held out: lower it")
+        kept = "" if config.data.filter == "all" else f" (data.filter={config.data.filter} leaves out {left_out['filtered']})"
+        raise UserError(f"{len(rows)} trajectories to train on{kept}, of which learner.held_out_samples={held_out} are held out: lower it")
     write_parquet(folder / SAMPLES, rows, SAMPLE)
     teacher = str(resolve_model(config.teacher.path)) if config.teacher.path else None
     student = resolve_model(config.model.path)

@@ -120,3 +120,11 @@ def test_what_cannot_be_compared_is_one_clear_line(make: Make, tmp_path: Path) -
 def test_the_same_runs_give_the_same_files(make: Make, tmp_path: Path) -> None:
     paths = [make("trd", 0), make("forward_kl", 0)]
     assert compared(paths, tmp_path / "a") == compared(paths, tmp_path / "b")
+
+
+def test_a_run_counts_once(make: Make, tmp_path: Path) -> None:
+    first, second = make("trd", 0), make("trd", 1)
+    config = second / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 1", "seed: 0"))
+    with pytest.raises(UserError, match=r"trd-0 and .*trd-1 have the same method, seed and settings: leave one out$"):
+        compare.write([first, second], tmp_path / "out")

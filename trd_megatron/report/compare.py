@@ -156,7 +156,10 @@ def _section(runs: Sequence[Run]) -> dict[str, Any]:
     """Tables of runs that differ in method and seed alone."""
     methods: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.config.seed):
-        methods.setdefault(run.config.method.name, []).append(run)
+        of = methods.setdefault(run.config.method.name, [])
+        if of and of[-1].config.seed == run.config.seed:
+            raise UserError(f"{of[-1].path} and {run.path} have the same method, seed and settings: leave one out")
+        of.append(run)
     order = [name for name in METHODS if name in methods] + [name for name in methods if name not in METHODS]
     methods = {name: methods[name] for name in order}
     if not runs[0].trains:
@@ -290,10 +293,16 @@ def _plots(sections: Sequence[dict[str, Any]]) -> dict[str, str]:
     drawn = {}
     for number, section in enumerate(sections):
         for table in section["benchmarks"]:
-            drawn[f"{number}/pass_curve/{table['benchmark']}"] = plots.pass_curve({"base": table["base"]} | table["methods"])
+            lines = _ours_first(table["methods"]) | {"base": table["base"]}
+            drawn[f"{number}/pass_curve/{table['benchmark']}"] = plots.pass_curve(lines)
         if "curves" in section:
-            drawn |= {f"{number}/{name}": svg for name, svg in curves.diagnostics(section["curves"]).items()}
+            drawn |= {f"{number}/{name}": svg for name, svg in curves.diagnostics(_ours_first(section["curves"])).items()}
     return drawn
+
+
+def _ours_first(methods: dict[str, Any]) -> dict[str, Any]:
+    """So that it has the plain line."""
+    return {name: methods[name] for name in sorted(methods, key=lambda name: name != OURS)}
 
 
 def markdown(found: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ COLOURS = {
     INK: "var(--ink)", GRID: "var(--rule)", FIRST: "var(--first)", SECOND: "var(--second)", THIRD: "var(--third)",
     FOURTH: "var(--fourth)", FIFTH: "var(--fifth)",
 }  # fmt: skip
-LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))  # so that print without colours tells series apart
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))  # so that print without colours tells series apart
 SETTINGS = {
     "svg.fonttype": "none",  # text stays text, in the page's own font
     "font.size": 10,
@@ -84,8 +84,8 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], colour: str, **mor
 
 
 def looks(count: int) -> list[dict[str, Any]]:
-    """Colour and line style of each of `count` series; from the sixth on they come again."""
-    colours = (FIRST, SECOND, THIRD, FOURTH, FIFTH)
+    """Colour and line style of each of `count` series; from the seventh on they come again."""
+    colours = (FIRST, SECOND, THIRD, FOURTH, FIFTH, INK)
     return [{"color": colours[index % len(colours)], "linestyle": LINES[index % len(LINES)]} for index in range(count)]
 
 

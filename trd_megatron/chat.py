@@ -85,6 +85,12 @@ class Chat:
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **self._kwargs)
         return self.encode(text)
 
+    def solution_ids(self, solution: str) -> list[int]:
+        """Ids of a worked solution as a response: its text and the end of turn. Raises UserError if the tokenizer has none."""
+        if self._tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer in {self._path} has no end of turn (eos_token), which solutions to train on need")
+        return [*self.encode(solution), int(self._tokenizer.eos_token_id)]
+
     def epistemic_ids(self, task: str) -> list[int]:
         """First ids of prompts.epistemic_words, bare and after a space, each once."""
         return sorted({self.encode(prefix + word)[0] for word in prompts.epistemic_words(task) for prefix in ("", " ")})

@@ -120,6 +120,8 @@ def run(
 
 
 def _does(config: "Config") -> str:
+    if config.job == "sft":
+        return f"trains {config.model.path} on worked solutions"
     return f"evaluates {config.model.path}" if config.job == "evaluate" else f"method {config.method.name}, {config.mode}"
 
 
@@ -172,6 +174,10 @@ def _result(stage: str, counts: dict[str, Any]) -> str:
         skipped = f", {errors} whose grading failed{skipped}" if errors else skipped
         rate = 100 * counts["passed"] / max(counts["samples"], 1)
         return f"{counts['samples']} samples, {rate:.1f} % pass, {counts['mean_response_tokens']:.0f} tokens each, {cut} cut off{skipped}"
+    if stage == "train" and "perplexity_fixed_batch_before" in counts:
+        before, after = (counts[f"perplexity_fixed_batch_{when}"] for when in ("before", "after"))
+        values = " -> ".join("beyond floats" if value is None else f"{value:.4g}" for value in (before, after))
+        return f"{counts['steps']} steps, held-out perplexity {values}"
     if stage == "train":
         before, after = counts["kl_fixed_batch_before"], counts["kl_fixed_batch_after"]
         change = f" ({100 * (after / before - 1):+.1f} %)" if before else ""

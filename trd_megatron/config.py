@@ -298,7 +298,9 @@ class LoggingConfig:
 class Config:
     name: str = opt(MISSING, "Name of the experiment.")
     job: str = opt(
-        "distill", "distill: the whole pipeline. evaluate: only benchmarks, of the model at model.path.", choices=("distill", "evaluate")
+        "distill",
+        "distill: the whole pipeline. sft: training on worked solutions. evaluate: only benchmarks, of the model at model.path.",
+        choices=("distill", "sft", "evaluate"),
     )
     run_dir: str = opt("runs/${name}", "Folder of the run.", layout=True)
     seed: int = opt(0, "Seed of everything that is drawn.")

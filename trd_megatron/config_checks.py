@@ -96,7 +96,7 @@ def _check_data(config: Config) -> None:
         raise UserError(f"data.source={source} makes its problems: leave data.path out, or set data.source=file")
     if source in MADE and config.data.train_problems is None:
         raise UserError(f"data.source={source} makes as many problems as you ask for: set data.train_problems")
-    if config.data.filter == "fail_to_succ" and config.method.trajectory != "refined":
+    if config.job == "distill" and config.data.filter == "fail_to_succ" and config.method.trajectory != "refined":
         raise UserError(f"data.filter=fail_to_succ needs rewrites, and method={config.method.name} trains on y_o: choose fail or succ")
     if config.data.test_problems < 0:
         raise UserError("data.test_problems must be 0 or above")
@@ -137,8 +137,9 @@ def _check_learner(config: Config) -> None:
     learner = config.learner
     if learner.sequence_parallel and learner.tensor_model_parallel_size == 1:
         raise UserError("learner.sequence_parallel=true needs learner.tensor_model_parallel_size above 1")
-    trained = config.refine if config.method.trajectory == "refined" else config.rollout
-    prompt = max(config.refine.max_prompt_tokens, config.rollout.max_prompt_tokens)
+    refined = config.method.trajectory == "refined" and config.job == "distill"
+    trained = config.refine if refined else config.rollout
+    prompt = max(config.refine.max_prompt_tokens if config.job == "distill" else 0, config.rollout.max_prompt_tokens)
     longest = prompt + trained.max_response_tokens
     if learner.max_tokens_per_micro_batch < longest:
         raise UserError(
@@ -161,6 +162,18 @@ def _check_learner(config: Config) -> None:
             raise UserError(f"{key}=1: must be below 1")
     if learner.weight_decay < 0:
         raise UserError(f"learner.weight_decay={learner.weight_decay}: must be 0 or above")
+
+
+def _check_supervised(config: Config) -> None:
+    if config.teacher.path is not None:
+        raise UserError("job=sft has no teacher: set teacher.path=null and mode=opsd")
+    if config.rounds > 1:
+        raise UserError(f"rounds={config.rounds}: job=sft has one round, its worked solutions stay the same")
+    if config.data.filter != "all":
+        raise UserError(f"data.filter={config.data.filter} chooses by the student's own attempts, and job=sft has none: set it to all")
+    for source, bound in config.learner.decay_when.items():
+        if not 0 <= bound <= 1:
+            raise UserError(f"learner.decay_when.{source}={bound}: must lie between 0 and 1")
 
 
 def _check_servers(config: Config) -> None:
@@ -257,7 +270,11 @@ def check(config: Config) -> None:
     if config.mode == "opsd" and config.teacher.path is not None:
         raise UserError("mode=opsd teaches with the student itself: set teacher.path=null, or mode=opd")
     _check_evaluate(config)
-    if config.job == "distill":
+    if config.job == "sft":
+        _check_supervised(config)
+    elif config.learner.decay_when:
+        raise UserError("learner.decay_when needs job=sft")
+    if config.job != "evaluate":
         _check_data(config)
         _check_learner(config)
     _check_servers(config)

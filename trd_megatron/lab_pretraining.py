@@ -23,7 +23,6 @@ from trd_megatron.convert import huggingface
 from trd_megatron.convert.megatron import Megatron
 from trd_megatron.data.lab import STUDENT_MIX, TEACHER_MIX, WORLDS, Example, checks, corpus
 from trd_megatron.errors import UserError
-from trd_megatron.lab_text import EOS
 from trd_megatron.learner.checkpoint_files import step_folder
 from trd_megatron.learner.job import SAMPLES, Job, run_ranks
 from trd_megatron.progress import bar, console
@@ -81,7 +80,7 @@ def configuration(recipe: Recipe) -> Config:
         keep_checkpoints=1,
         trainable="full",
     )
-    return dataclasses.replace(config, name="lab pretraining", seed=recipe.seed, learner=learner)
+    return dataclasses.replace(config, name="lab pretraining", job="sft", seed=recipe.seed, learner=learner)
 
 
 def samples(recipe: Recipe, chat: Chat, count: int) -> Iterator[dict[str, Any]]:
@@ -100,7 +99,7 @@ def _row(chat: Chat, name: str, example: Example, source: str | None) -> dict[st
         "sample_index": 0,
         "student_prompt_ids": chat.prompt_ids(example.prompt) + (chat.encode(example.given) if example.given else []),
         "teacher_prompt_ids": [],
-        "response_ids": chat.encode(f"{example.response} {EOS}"),
+        "response_ids": chat.solution_ids(example.response),
         "rollout_passed": None,
         "source": source,
     }

@@ -16,7 +16,7 @@ from trd_megatron.engine.engines import Engines
 from trd_megatron.errors import UserError
 from trd_megatron.evaluate import benchmarks
 from trd_megatron.run_dir import IN_ROUND, Manifest, RunDir, StageFolder, file_sha256
-from trd_megatron.stages import evaluate, export, prepare, refine, report, rollout, train
+from trd_megatron.stages import evaluate, export, prepare, refine, report, rollout, supervise, train
 
 Run = Callable[..., dict[str, Any]]  # (Config, RunDir, Path), and Engines where the stage generates
 
@@ -54,7 +54,8 @@ _PROMPT = ("data.prompt_format", "student", "seed", "engine")
 STAGES = (
     Stage(
         "prepare", "problems", prepare.run,
-        ("data.source", "data.world", "data.train_problems", "data.test_problems", "data.exclude_benchmarks", "task", "seed"),
+        ("data.source", "data.world", "data.train_problems", "data.test_problems", "data.exclude_benchmarks", "task", "job",
+         "mode", "seed"),
         reads_data=True, rounds="first",
     ),
     Stage("rollout", "rollouts", rollout.run, ("rollout", *_PROMPT), ("prepare",), reads_student=True, generates=True),
@@ -76,22 +77,30 @@ STAGES = (
     Stage("report", "report", report.run, ("name",),
           ("rollout", "refine", "train", "evaluate/base", "evaluate/student", "evaluate/teacher"), kept=False, rounds="last"),
 )  # fmt: skip
+_SUPERVISED = Stage(  # of job=sft
+    "train", "train", supervise.run,
+    ("learner", "student", "data.prompt_format", "seed", "rollout.max_prompt_tokens", "rollout.max_response_tokens"), ("prepare",),
+    reads_student=True,
+)  # fmt: skip
 GROUPS = tuple(dict.fromkeys(stage.group for stage in STAGES))
 
 
 def wanted(config: Config) -> list[Stage]:
     """The stages of this configuration: a method that trains on y_o needs no refinement, a fully trained model has no adapter;
-    job=evaluate has only the benchmarks of the model it is given, as base."""
+    job=sft trains on solutions instead of trajectories; job=evaluate has only the benchmarks of the model it is given, as base."""
     if config.job == "evaluate":
         return [stage for stage in STAGES if stage.name in ("evaluate/base", "report")]
     unwanted = set()
     if config.method.trajectory != "refined":
         unwanted.add("refine")
+    if config.job == "sft":
+        unwanted |= {"rollout", "refine"} | (set() if config.evaluate.benchmarks else {"evaluate/base", "evaluate/student"})
     if config.learner.trainable == "full":
         unwanted.add("export/adapter")
     if not config.evaluate.teacher:
         unwanted.add("evaluate/teacher")
-    return [stage for stage in STAGES if stage.name not in unwanted]
+    stages = [_SUPERVISED if stage.name == "train" and config.job == "sft" else stage for stage in STAGES]
+    return [stage for stage in stages if stage.name not in unwanted]
 
 
 @cache
@@ -105,7 +114,13 @@ def _under(name: str, keys: tuple[str, ...]) -> bool:
 
 def _unused(config: Config, stage: Stage) -> tuple[str, ...]:
     """Settings of engines that this stage does not ask, of data that do not come from the lab, and which stages there are."""
-    others = ("evaluate.teacher",) if config.data.source == "lab" else ("evaluate.teacher", "data.world")
+    others = ["evaluate.teacher"]
+    if config.data.source != "lab":
+        others.append("data.world")
+    if config.job == "distill":  # as if there were no other
+        others.append("job")
+    if stage.name == "prepare" and (config.task != "code" or config.job == "sft"):  # only programs need a reference for one of the modes
+        others.append("mode")
     if config.engine.kind == "local":
         return ("engine.student", "engine.teacher", "engine.deterministic", *others)
     of_teacher = stage.name in ("refine", "evaluate/teacher") and config.teacher.path is not None
@@ -205,7 +220,7 @@ def _read_name(name: str, config: Config) -> tuple[int | None, str]:
         raise UserError(f"no stage '{name}': stages are {', '.join(GROUPS)}")
     stages = [stage for stage in wanted(config) if stage.group == group]
     if not stages:
-        why = "job=evaluate" if config.job == "evaluate" else f"method={config.method.name} trains on y_o and"
+        why = f"method={config.method.name} trains on y_o and" if config.job == "distill" else f"job={config.job}"
         raise UserError(f"{why} has no stage {group}")
     if number is not None and not any(number in stage.rounds_of(config) for stage in stages):
         raise UserError(f"no stage '{name}': with rounds={config.rounds}, {group} is in round {_span(stages[-1].rounds_of(config))}")

@@ -23,7 +23,7 @@ from trd_megatron.learner.stack import precision
 from trd_megatron.pipeline import works
 from trd_megatron.prompts import student_prompt
 from trd_megatron.run_dir import Manifest, RunDir, read_config
-from trd_megatron.stages import prepare
+from trd_megatron.stages import prepare, supervise
 from trd_megatron.stages.train import build_samples
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -42,12 +42,12 @@ def gib(count: float) -> str:
 
 def _settings_line(config: Config, stage: str) -> str:
     """What a stage works with, in a few words."""
-    learner = config.learner
+    learner, trained_on = config.learner, config.method.name if config.job == "distill" else "worked solutions"
     return {
         "prepare": f"{config.data.source} {config.data.world if config.data.source == 'lab' else config.data.path or ''}",
         "rollout": f"{config.rollout.samples_per_problem} per problem, up to {config.rollout.max_response_tokens} tokens",
         "refine": f"by {config.teacher.path or 'the student itself'}, up to {config.refine.max_response_tokens} tokens",
-        "train": f"{config.method.name}, TP {learner.tensor_model_parallel_size} x CP {learner.context_parallel_size} x DP "
+        "train": f"{trained_on}, TP {learner.tensor_model_parallel_size} x CP {learner.context_parallel_size} x DP "
         f"{learner.data_parallel_size}{', sequence parallel' if learner.sequence_parallel else ''}, "
         f"{learner.dtype} on {learner.device}, recompute {learner.recompute}, {learner.global_batch_size} sequences a step",
         "export/adapter": f"checkpoint {config.export.checkpoint}, as a PEFT adapter",
@@ -82,7 +82,7 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
     full = learner.trainable == "full"
     trained = student.parameter_count() if full else student.adapter_parameters(learner.lora.rank, learner.lora.targets)
     # Full training in OPSD keeps a frozen copy of the starting weights as the teacher.
-    second = (config.teacher.path is not None or full) and not learner.teacher_offload
+    second = config.job == "distill" and (config.teacher.path is not None or full) and not learner.teacher_offload
     ends = teacher.vocab_size * teacher.hidden_size * (1 if teacher.tied_embeddings else 2)  # these stay where they are used
     held = student.parameter_count() + (teacher.parameter_count() if second else ends if learner.teacher_offload else 0)
     # Under sequence parallelism or not, A of a column layer and B of a row layer are replicated; counting all as cut is a lower bound.
@@ -93,7 +93,7 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
     gradient = max(width, 4) if learner.device == "cuda" else width
     trained_bytes = trained * (gradient if full else max(width, 4) * 2) + trained * state / sharers
     learner_bytes = held * width / tp + trained_bytes / tp + 2 * learner.kl_chunk_tokens * student.padded_vocab_size(tp) / tp * 4
-    generating = (config.rollout, config.refine, config.evaluate)
+    generating = (config.rollout, config.refine, config.evaluate) if config.job == "distill" else (config.evaluate,)
     longest = max(section.max_prompt_tokens + section.max_response_tokens for section in generating)
     cache = 2 * teacher.num_layers * teacher.num_query_groups * teacher.head_dim * BYTES[engine.dtype] * longest * engine.batch_size
     served = max(student.parameter_count(), teacher.parameter_count()) * BYTES[engine.dtype]
@@ -160,6 +160,9 @@ def sample(config: Config) -> Text:
     run_dir = RunDir(config.run_dir, config.name).in_round(0, config.rounds)
     chat = Chat(resolve_model(config.model.path), config.data.prompt_format, config.student.chat_template_kwargs)
     first = (work for work in works(config, run_dir) if work.run_dir.round == 0)
+    if config.job == "sft" and next(first).folder.state() == "done":
+        row = supervise.build_samples(config, run_dir)[0][0]
+        return coloured(chat, sequence(row["student_prompt_ids"], row["response_ids"]))
     current = {work.stage.name for work in first if work.folder.state() == "done" and work.folder.folder.exists()}
     if {"prepare", "rollout", "refine" if config.method.trajectory == "refined" else "rollout"} <= current:
         row = build_samples(config, run_dir)[0][0]
@@ -172,7 +175,8 @@ def sample(config: Config) -> Text:
 
 
 def _does(config: Config) -> str:
-    return f"evaluates {config.model.path}" if config.job == "evaluate" else f"method {config.method.name}"
+    others = {"evaluate": f"evaluates {config.model.path}", "sft": f"trains {config.model.path} on worked solutions"}
+    return others.get(config.job, f"method {config.method.name}")
 
 
 def status(run_path: Path) -> Table:

@@ -24,7 +24,7 @@ def check_devices(config: Config) -> None:
     """Raises UserError if this machine has fewer GPUs than the configuration uses."""
     check_server_devices(config)
     gpus, ranks = torch.cuda.device_count(), config.learner.ranks
-    if config.job == "distill" and config.learner.device == "cuda" and gpus < ranks:
+    if config.job != "evaluate" and config.learner.device == "cuda" and gpus < ranks:
         raise UserError(
             f"learner.device=cuda with {ranks} ranks (learner.tensor_model_parallel_size x context_parallel_size x data_parallel_size), "
             f"but this machine has {gpus} usable GPUs: choose learner=cpu{', or fewer ranks' if gpus else ''}"
@@ -69,9 +69,9 @@ def check_training(config: Config) -> None:
 
 def check_grading(config: Config) -> None:
     """Raises UserError if programs are to be run to grade them, and this machine cannot shut them in."""
-    trains_on_code = config.job == "distill" and config.task == "code"
+    own = config.job == "distill" or "test" in config.evaluate.benchmarks
     others = (spec for spec in config.evaluate.benchmarks if spec != "test")
-    if trains_on_code or any(problem["task"] == "code" for spec in others for problem in benchmarks.texts(spec)):
+    if (own and config.task == "code") or any(problem["task"] == "code" for spec in others for problem in benchmarks.texts(spec)):
         sandbox.require(config.verify.code.allow_unsandboxed)
 
 
@@ -81,12 +81,13 @@ def check_inputs(config: Config) -> None:
         if benchmark != "test":
             benchmarks.texts(benchmark)
     student_path = resolve_model(config.model.path)
-    of_student = ("evaluate",) if config.job == "evaluate" else ("rollout", "evaluate", *(() if config.teacher.path else ("refine",)))
+    of_student = ("rollout", "evaluate", *(() if config.teacher.path else ("refine",))) if config.job == "distill" else ("evaluate",)
     _check_context(config, "student", student_path, of_student)
     student = Chat(student_path, config.data.prompt_format, config.student.chat_template_kwargs)
     if config.job == "evaluate":  # any model will do that the engine can load
         return
-    student.epistemic_ids(config.task)  # the learner asks for them: a model that lacks the task's words is refused here
+    if config.job == "distill":
+        student.epistemic_ids(config.task)  # the learner asks for them: a model that lacks the task's words is refused here
     tp = config.learner.tensor_model_parallel_size
     student_architecture = Architecture.from_hf(student_path)
     student_architecture.check_student(f"model.path={config.model.path}")

@@ -55,6 +55,11 @@ class Run:
     def distils(self) -> bool:
         return self.config.job == "distill"
 
+    @property
+    def method(self) -> str:
+        """The row that it belongs to."""
+        return self.config.method.name if self.distils else self.config.job
+
     @cached_property
     def first(self) -> RunDir:
         """The view of round 0, where base and teacher were evaluated."""
@@ -144,7 +149,7 @@ def _described(run: Run, keys: Sequence[str]) -> dict[str, Any]:
     return {
         "run": str(run.path),
         "task": run.config.task,
-        "method": run.config.method.name if run.trains else None,
+        "method": run.method,
         "seed": run.config.seed,
         "settings": {key: get(run.config, key) for key in keys},
         "fingerprints": {stage: manifest.fingerprint[:16] for stage, manifest in manifests.items()},
@@ -156,7 +161,7 @@ def _section(runs: Sequence[Run]) -> dict[str, Any]:
     """Tables of runs that differ in method and seed alone."""
     methods: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.config.seed):
-        of = methods.setdefault(run.config.method.name, [])
+        of = methods.setdefault(run.method, [])
         if of and of[-1].config.seed == run.config.seed:
             raise UserError(f"{of[-1].path} and {run.path} have the same method, seed and settings: leave one out")
         of.append(run)

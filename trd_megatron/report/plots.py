@@ -117,9 +117,22 @@ def kl(metrics: Sequence[Mapping[str, Any]]) -> str:
     return to_svg("KL and loss per step", draw)
 
 
-def held_out(before: float, metrics: Sequence[Mapping[str, Any]]) -> str:
-    """KL of the fixed held-out batch, step 0 being before training."""
-    points = [(0, before)] + [(line["step"], line["held_out_kl"]) for line in metrics if "held_out_kl" in line]
+def loss(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Cross entropy of every step's batch."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _line(axes, [line["step"] for line in metrics], [line["loss"] for line in metrics], FIRST)
+        axes.set_ylabel("nats per token")
+        axes.set_ylim(bottom=0)
+        step_axis(axes)
+
+    return to_svg("Loss per step", draw)
+
+
+def held_out(before: float, metrics: Sequence[Mapping[str, Any]], name: str = "held_out_kl") -> str:
+    """KL (held_out_nll: cross entropy) of the fixed held-out batch, step 0 being before training."""
+    points = [(0, before)] + [(line["step"], line[name]) for line in metrics if name in line]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -131,7 +144,7 @@ def held_out(before: float, metrics: Sequence[Mapping[str, Any]]) -> str:
         axes.set_ylim(bottom=0)
         step_axis(axes)
 
-    return to_svg("KL of the fixed held-out batch", draw)
+    return to_svg("The fixed held-out batch", draw)
 
 
 def gradient_norm(metrics: Sequence[Mapping[str, Any]], clip_grad: float) -> str:

@@ -73,11 +73,14 @@ def collect(config: Config) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 def _lacks(config: Config, problem: dict[str, Any]) -> str | None:
     """What a problem would need to be trained on, with the way out; None if it lacks nothing."""
-    if config.task != "code" and problem.get("answer") is None:
+    if config.job == "sft" and problem.get("reference_solution") is None:
+        return "reference_solution, which job=sft trains on: add one"
+    graded = config.job == "distill" or "test" in config.evaluate.benchmarks
+    if graded and config.task != "code" and problem.get("answer") is None:
         return "answer: give one, or set task=code"
-    if config.task == "code" and problem.get("tests") is None:
+    if graded and config.task == "code" and problem.get("tests") is None:
         return "tests: give some, or set task=math"
-    if config.mode == "opsd" and not (problem.get("reference_solution") or problem.get("answer")):
+    if config.job == "distill" and config.mode == "opsd" and not (problem.get("reference_solution") or problem.get("answer")):
         return "reference_solution, which mode=opsd shows the teacher: add one, or set mode=opd"
     return None
 

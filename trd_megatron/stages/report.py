@@ -22,15 +22,15 @@ TEXTS = ("problem_id", "sample_index", "response", "extracted_answer")
 def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
     """run_dir: the view of the last round. Raises UserError if an output of an earlier stage is missing or damaged."""
     views = [run_dir.in_round(number, config.rounds) for number in range(config.rounds)]
-    distils = config.job == "distill"
+    distils, trains = config.job == "distill", config.job != "evaluate"
     scores = [
-        [_benchmark(views[0], view if distils else None, benchmarks.name(name)) for name in config.evaluate.benchmarks] for view in views
+        [_benchmark(views[0], view if trains else None, benchmarks.name(name)) for name in config.evaluate.benchmarks] for view in views
     ]
     stages = _stages(views, config)
     done = {label: dataclasses.asdict(manifest) for label, (_, manifest) in stages.items() if manifest is not None}
     drawn = {}
     for line, rows in scores[-1]:
-        models = {"base": line["base"]} | ({"student": line["method"]} if distils else {})
+        models = {"base": line["base"]} | ({"student": line["method"]} if trains else {})
         drawn[f"pass_curve/{line['benchmark']}"] = plots.pass_curve(models)
         drawn[f"success_lengths/{line['benchmark']}"] = plots.success_lengths(dict(zip(models, rows, strict=True)))
     lines = [[line for line, _ in of_round] for of_round in scores]
@@ -50,6 +50,9 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
     if distils:
         figures["costs"] = tables.costs(lines_of_stages)
         trained, plotted, samples = _training(config, run_dir, views, lines)
+        figures, drawn = figures | trained, drawn | plotted
+    elif trains:
+        trained, plotted = _supervised(config, run_dir)
         figures, drawn = figures | trained, drawn | plotted
     page = html.render(figures | {"samples": samples, "help": _help()}, drawn)
     write_json(run_dir.path / "report.json", figures)
@@ -95,6 +98,20 @@ def _training(
     return figures, drawn, _samples(run_dir, picked, rollouts, refined)
 
 
+def _supervised(config: Config, run_dir: RunDir) -> tuple[dict[str, Any], dict[str, str]]:
+    """(figures, plots) of job=sft's training."""
+    summary = json.loads(reading.text(run_dir.train / "summary.json"))
+    metrics = [json.loads(line) for line in reading.text(run_dir.train / "metrics.jsonl").splitlines()]
+    exported = Manifest.read(run_dir.hf)
+    drawn = {
+        "loss": plots.loss(metrics),
+        "held_out": plots.held_out(summary["nll_fixed_batch_before"], metrics, "held_out_nll"),
+        "gradient_norm": plots.gradient_norm(metrics, config.learner.clip_grad),
+        "learning_rate": plots.learning_rate(metrics),
+    }
+    return {"method": "sft", "training": summary, "exported_step": None if exported is None else exported.counts["step"]}, drawn
+
+
 def _stages(views: Sequence[RunDir], config: Config) -> dict[str, tuple[str, Manifest | None]]:
     """What a stage is called (with several rounds 1/rollout) -> the stage and its manifest, of all left of this one."""
     if config.job == "evaluate":
@@ -103,8 +120,12 @@ def _stages(views: Sequence[RunDir], config: Config) -> dict[str, tuple[str, Man
     for view in views:
         folders = {"rollout": view.rollouts, "refine": view.refined, "train": view.train, "export": view.hf}
         folders |= {"evaluate/base": view.eval / "base", "evaluate/student": view.eval / "student"}
-        if config.method.trajectory != "refined":
+        if config.method.trajectory != "refined" or config.job == "sft":
             del folders["refine"]
+        if config.job == "sft":
+            del folders["rollout"]
+            if not config.evaluate.benchmarks:
+                del folders["evaluate/base"], folders["evaluate/student"]
         if view.round:
             del folders["evaluate/base"]
         elif config.evaluate.teacher:

@@ -102,15 +102,23 @@ def write(config: Config, run_dir: RunDir, folder: Path) -> Prepared:
     student = resolve_model(config.model.path)
     chat = Chat(student, config.data.prompt_format, config.student.chat_template_kwargs)
     Job(to_dict(config), str(student), teacher, chat.epistemic_ids(config.task)).write(folder)
-    learner = config.learner
+    counts: dict[str, Any] = {f"left_out_{name}": count for name, count in left_out.items()}
+    counts["layers"] = announce(config.learner)
+    return Prepared(folder, config.learner, step_count(len(rows) - held_out, config.learner), counts)
+
+
+def announce(learner: LearnerConfig) -> str:
+    """What the layers are made of; says what a GPU goes without."""
     stack = choose(learner, Installed.find())
     for note in stack.notes:
         console.print(f"  train: {note}", highlight=False, markup=False)
-    per_epoch = -(-(len(rows) - held_out) // learner.global_batch_size)
-    total = min(per_epoch * learner.epochs, learner.max_steps or per_epoch * learner.epochs)
-    counts: dict[str, Any] = {f"left_out_{name}": count for name, count in left_out.items()}
-    counts["layers"] = "Transformer Engine" if stack.transformer_engine else "local"
-    return Prepared(folder, learner, total, counts)
+    return "Transformer Engine" if stack.transformer_engine else "local"
+
+
+def step_count(samples: int, learner: LearnerConfig) -> int:
+    """Optimizer steps, the last of an epoch with what is left."""
+    steps = -(-samples // learner.global_batch_size) * learner.epochs
+    return min(steps, learner.max_steps or steps)
 
 
 def learn(jobs: Sequence[Prepared]) -> Iterator[tuple[dict[str, Any], float]]:
@@ -141,7 +149,7 @@ def learn(jobs: Sequence[Prepared]) -> Iterator[tuple[dict[str, Any], float]]:
             progress.advance(step - shown)  # the first may be far on; after a rank was lost it goes back
             shown = step
             progress.tokens(metrics["response_tokens"])
-            progress.note(f"kl {metrics['kl']:.4f}")
+            progress.note(f"kl {metrics['kl']:.4f}" if "kl" in metrics else f"loss {metrics['loss']:.4f}")
         while ended < len(jobs):
             yield summary()
             ended += 1

@@ -101,6 +101,8 @@ def make_run(path: Path, *, method: MethodConfig | None = None, graded: bool = T
     summary = {"kl_fixed_batch_before": 0.5, "kl_fixed_batch_after": 0.375, "steps": steps, "tokens": 90, "seconds": 8.0}
     summary |= {"best_step": steps, "training_samples": 5, "held_out_samples": 1}
     lines = [{"step": n, "loss": 1.0 / n, "kl": 1.0 / n, "grad_norm": 0.25 * n, "lr": 1e-4 / n} for n in range(1, steps + 1)]
+    for line in lines:
+        line |= {"kl_passed": None if line["step"] == 2 else 0.1, "kl_failed": 0.2, "perplexity_gap": -0.5, "epistemic_mass": 0.02}
     lines[-1]["held_out_kl"] = 0.375
     run_dir.train.mkdir()
     (run_dir.train / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -15,8 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-INK, GRID, FIRST, SECOND, THIRD = "#010203", "#020304", "#030405", "#040506", "#050607"  # stand-ins, see COLOURS
+INK, GRID = "#010203", "#020304"  # stand-ins, see COLOURS
+FIRST, SECOND, THIRD, FOURTH, FIFTH = "#030405", "#040506", "#050607", "#060708", "#070809"
 COLOURS = {INK: "var(--ink)", GRID: "var(--rule)", FIRST: "var(--first)", SECOND: "var(--second)", THIRD: "var(--third)"}
+COLOURS |= {FOURTH: "var(--fourth)", FIFTH: "var(--fifth)"}
 SETTINGS = {
     "svg.fonttype": "none",  # text stays text, in the page's own font
     "font.size": 10,
@@ -52,7 +54,7 @@ def _style(salt: str) -> Iterator[None]:
         yield
 
 
-def _svg(name: str, draw: Callable[[Figure], None], height: float = HEIGHT) -> str:
+def as_svg(name: str, draw: Callable[[Figure], None], height: float = HEIGHT) -> str:
     """The figure as an <svg> element for an HTML page: no prolog, no metadata, no ids but those it refers to."""
     buffer = io.StringIO()
     with _style(name):
@@ -78,7 +80,7 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], colour: str, **mor
     axes.plot(x, y, color=colour, marker="o" if len(x) <= MARKED else None, **more)
 
 
-def _steps(axes: Axes) -> None:
+def step_axis(axes: Axes) -> None:
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
@@ -100,9 +102,9 @@ def kl(metrics: Sequence[Mapping[str, Any]]) -> str:
             _line(axes, steps, losses, SECOND, label="loss (clipped)", linestyle="--")
         axes.set_ylabel("nats per token")
         _legend(axes)
-        _steps(axes)
+        step_axis(axes)
 
-    return _svg("KL and loss per step", draw)
+    return as_svg("KL and loss per step", draw)
 
 
 def held_out(before: float, metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -117,9 +119,9 @@ def held_out(before: float, metrics: Sequence[Mapping[str, Any]]) -> str:
         axes.set_ylabel("nats per token")
         axes.margins(y=0.15)
         axes.set_ylim(bottom=0)
-        _steps(axes)
+        step_axis(axes)
 
-    return _svg("KL of the fixed held-out batch", draw)
+    return as_svg("KL of the fixed held-out batch", draw)
 
 
 def gradient_norm(metrics: Sequence[Mapping[str, Any]], clip_grad: float) -> str:
@@ -135,9 +137,9 @@ def gradient_norm(metrics: Sequence[Mapping[str, Any]], clip_grad: float) -> str
             axes.text(1, clip_grad, "clipped above", transform=where, ha="right", va="bottom", color=SECOND)
         axes.set_ylabel("gradient norm")
         axes.set_ylim(bottom=0)
-        _steps(axes)
+        step_axis(axes)
 
-    return _svg("Gradient norm", draw)
+    return as_svg("Gradient norm", draw)
 
 
 def learning_rate(metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -149,9 +151,9 @@ def learning_rate(metrics: Sequence[Mapping[str, Any]]) -> str:
         axes.set_ylabel("learning rate")
         axes.set_ylim(bottom=0)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-        _steps(axes)
+        step_axis(axes)
 
-    return _svg("Learning rate", draw)
+    return as_svg("Learning rate", draw)
 
 
 def lengths(initial: Sequence[int], refined: Sequence[int] | None) -> str:
@@ -172,7 +174,7 @@ def lengths(initial: Sequence[int], refined: Sequence[int] | None) -> str:
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         _legend(axes)
 
-    return _svg("Response lengths", draw)
+    return as_svg("Response lengths", draw)
 
 
 def pass_curve(models: Mapping[str, Mapping[str, Any]]) -> str:
@@ -191,7 +193,7 @@ def pass_curve(models: Mapping[str, Mapping[str, Any]]) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         _legend(axes)
 
-    return _svg("Pass@k", draw)
+    return as_svg("Pass@k", draw)
 
 
 def success_lengths(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -212,7 +214,7 @@ def success_lengths(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         axes.set_xlabel("response tokens")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
-    return _svg("Lengths of correct and incorrect samples", draw, HEIGHT * (1 if len(models) == 1 else 1.6))
+    return as_svg("Lengths of correct and incorrect samples", draw, HEIGHT * (1 if len(models) == 1 else 1.6))
 
 
 def joint_outcomes(counts: Mapping[str, int]) -> str:
@@ -232,4 +234,4 @@ def joint_outcomes(counts: Mapping[str, int]) -> str:
         axes.set_xticks([])
         axes.margins(x=0.28)
 
-    return _svg("Joint outcomes of y_o and y_r", draw, HEIGHT * 0.8)
+    return as_svg("Joint outcomes of y_o and y_r", draw, HEIGHT * 0.8)

@@ -15,7 +15,7 @@ from trd_megatron.config import Config, get, leaves
 from trd_megatron.errors import UserError
 from trd_megatron.evaluate import benchmarks
 from trd_megatron.evaluate.metrics import RESAMPLES
-from trd_megatron.report import html, plots, tables
+from trd_megatron.report import curves, html, plots, tables
 from trd_megatron.run_dir import Manifest, RunDir, atomic_write, write_json
 
 SAMPLES_SHOWN = 6
@@ -82,11 +82,15 @@ def _training(
     }
     if len(views) > 1:
         figures["rounds"] = [_round(view, refines, scores) for view, scores in zip(views, lines, strict=True)]
+    by_method = {config.method.name: metrics}
     drawn = {
         "kl": plots.kl(metrics),
         "held_out": plots.held_out(summary["kl_fixed_batch_before"], metrics),
         "gradient_norm": plots.gradient_norm(metrics, config.learner.clip_grad),
         "learning_rate": plots.learning_rate(metrics),
+        "kl_by_outcome": curves.kl_by_outcome(by_method),
+        "perplexity_gap": curves.perplexity_gap(by_method),
+        "epistemic_mass": curves.epistemic_mass(by_method),
         "lengths": plots.lengths(_lengths(rollouts), None if refined is None else _lengths(refined)),
     }
     if refined:

@@ -72,7 +72,7 @@ def make_run(path: Path, *, method: MethodConfig | None = None, graded: bool = T
 
     def manifest(folder: Path, stage: str, counts: dict[str, Any], seconds: float) -> None:
         versions = {"torch": "2.0" if stage == "prepare" else "2.1", "pyarrow": "9"}
-        made = Manifest(stage, "done", "f" * 64, {}, {}, counts, versions, seconds, "2025-01-01T00:00:00Z", "2025-01-01T00:01:00Z")
+        made = Manifest(stage, "done", "f" * 64, {}, {}, counts, versions, seconds, 0.0, "2025-01-01T00:00:00Z", "2025-01-01T00:01:00Z")
         made.write(folder)
 
     problems = [
@@ -217,6 +217,13 @@ def test_figures(tmp_path: Path) -> None:
     assert (stages["evaluate/base"]["samples_per_second"], stages["evaluate/base"]["response_tokens"]) == (2.0, 22)
     assert stages["refine"]["skipped"] == {"skipped over budget": 1}
     assert stages["train"]["skipped"] == {"left out aborted": 2}
+    costs = figures["costs"]
+    assert list(costs) == ["rollout", "refine", "train", "total", "evaluate"]
+    assert [costs[name]["seconds"] for name in costs] == [14, 3, 9, 26, 4]
+    assert costs["refine"]["share"] == pytest.approx(100 * 3 / 26)
+    assert (costs["total"]["share"], "share" in costs["evaluate"]) == (100, False)
+    assert (costs["total"]["response_tokens"], costs["train"]["tokens_per_second"]) == (280 + 108 + 90, 10)
+    assert costs["total"]["server_start_seconds"] == 0
     assert figures["versions"]["torch"] == {"2.0": ["prepare"], "2.1": list(stages)[1:]}
     assert figures["settings"]["learner.lora.rank"] == 64
 
@@ -346,6 +353,24 @@ def test_samples_are_taken_in_turn_and_from_different_problems() -> None:
 
 def test_kl_change_without_a_start() -> None:
     assert tables.kl_change({"kl_fixed_batch_before": 0.0, "kl_fixed_batch_after": 0.1})["change_percent"] is None
+
+
+def test_costs_add_up_the_rounds_and_say_where_they_know_nothing() -> None:
+    made = {"status": "done", "started": "", "finished": "", "counts": {"samples": 2, "response_tokens": 30}}
+    rollout, train = (made | {"seconds": seconds, "server_start_seconds": start} for seconds, start in ((4.0, 5.0), (1.0, 0.0)))
+    train["counts"] = {"tokens": 60}
+    stages = [("prepare", None), ("rollout", rollout), ("train", train), ("rollout", rollout), ("train", train)]
+    costs = tables.costs(stages)
+    assert list(costs) == ["rollout", "train", "total"]
+    assert costs["rollout"] == {
+        "seconds": 8, "server_start_seconds": 10, "response_tokens": 60, "tokens_per_second": 7.5, "share": 80
+    }  # fmt: skip
+    assert costs["total"] == {
+        "seconds": 10, "server_start_seconds": 10, "response_tokens": 180, "tokens_per_second": 18, "share": 100
+    }  # fmt: skip
+    lacking = tables.costs([*stages[:-1], ("train", None)])
+    assert set(lacking["total"].values()) == {None}
+    assert lacking["rollout"]["seconds"] == 8
 
 
 def test_number_formats() -> None:

@@ -157,6 +157,50 @@ def stage(name: str, manifest: Mapping[str, Any] | None) -> dict[str, Any]:
     }
 
 
+COSTED = ("rollout", "refine", "train")  # the columns of the paper's table 11, whose sum is its total
+
+
+def costs(manifests: Iterable[tuple[str, Mapping[str, Any] | None]]) -> dict[str, dict[str, Any]]:
+    """What making the student took, as in the paper's table 11: rollout, refine, train and their total, all rounds together; and apart
+    from the total `evaluate`, as in its table 12.
+
+    manifests: (stage, fields of its manifest; None where it has none) of every stage in every round. Seconds are working time without
+    server_start_seconds; share is of the total, in percent; response_tokens are those generated or trained on. None where nothing is known.
+    A method without refinement has no `refine`.
+    """
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for name, manifest in manifests:
+        group = name.split("/")[0]
+        if group in (*COSTED, "evaluate"):
+            starts = None if manifest is None else manifest["server_start_seconds"]
+            lines.setdefault(group, []).append({"seconds": None} | stage(name, manifest) | {"server_start_seconds": starts})
+    found = {name: _cost(lines[name]) for name in COSTED if name in lines}
+    found["total"] = _cost([line for name in found for line in lines[name]])
+    if "evaluate" in lines:
+        found["evaluate"] = _cost(lines["evaluate"])
+    for name in (*COSTED, "total"):
+        if name in found:
+            seconds, total = found[name]["seconds"], found["total"]["seconds"]
+            found[name]["share"] = None if seconds is None or total is None else percent(seconds, total)
+    return found
+
+
+def _cost(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The sum of lines of the stage table; None where one of them has no value."""
+
+    def total(name: str) -> Any:
+        values = [line.get(name) for line in lines]
+        return None if None in values else sum(values)
+
+    seconds, tokens = total("seconds"), total("response_tokens")
+    return {
+        "seconds": seconds,
+        "server_start_seconds": total("server_start_seconds"),
+        "response_tokens": tokens,
+        "tokens_per_second": tokens / seconds if tokens and seconds else None,
+    }
+
+
 def _skipped(parts: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """reason -> samples or problems that a stage could not use, where there are any."""
     found: Counter[str] = Counter()

@@ -53,6 +53,7 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
     if distils:
         trained, plotted, samples = _training(config, run_dir, views, lines)
         figures, drawn = figures | trained, drawn | plotted
+        figures["costs"] = tables.costs((name, done.get(label)) for label, (name, _) in stages.items())
     page = html.render(figures | {"samples": samples, "help": _help()}, drawn)
     write_json(run_dir.path / "report.json", figures)
     with atomic_write(run_dir.path / "report.html") as file:

@@ -66,6 +66,11 @@ class DataConfig:
     exclude_benchmarks: list[str] = opt(
         [], "Problems that occur in one of these benchmarks are left out: names or files, as in evaluate.benchmarks."
     )
+    filter: str = opt(
+        "all",
+        "Trajectories trained on, by verdict. fail, succ: y_o failed, passed. fail_to_succ: y_o failed and its y_r passed.",
+        choices=("all", "fail", "succ", "fail_to_succ"),
+    )
     prompt_format: str = opt("chat", "chat: the model's chat template. plain: prompt + newline.", choices=("chat", "plain"))
 
 

@@ -96,6 +96,11 @@ def _check_data(config: Config) -> None:
         raise UserError(f"data.source={source} makes its problems: leave data.path out, or set data.source=file")
     if source in MADE and config.data.train_problems is None:
         raise UserError(f"data.source={source} makes as many problems as you ask for: set data.train_problems")
+    if config.data.filter == "fail_to_succ" and config.method.trajectory != "refined":
+        raise UserError(
+            f"data.filter=fail_to_succ asks whether y_r passes, but method={config.method.name} trains on y_o alone, which is never "
+            "refined: set data.filter=fail, or method=trd"
+        )
     if config.data.test_problems < 0:
         raise UserError("data.test_problems must be 0 or above")
 

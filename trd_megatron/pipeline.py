@@ -59,7 +59,8 @@ STAGES = (
     Stage("rollout", "rollouts", rollout.run, ("rollout", *_PROMPT), ("prepare",), reads_student=True, generates=True),
     Stage("refine", "refined", refine.run, ("refine", "mode", "teacher", *_PROMPT), ("rollout",), reads_teacher=True, generates=True),
     Stage(
-        "train", "train", train.run, ("learner", "method", "mode", "teacher", "data.prompt_format", "seed", *_TEACHER_PROMPT),
+        "train", "train", train.run,
+        ("learner", "method", "mode", "teacher", "data.filter", "data.prompt_format", "seed", *_TEACHER_PROMPT),
         ("rollout", "refine"), reads_student=True, reads_teacher=True,
     ),
     Stage("export/adapter", "adapter", export.run_adapter, ("export", "learner.lora"), ("train",)),

@@ -67,11 +67,14 @@ def test_trd_and_forward_kl_on_the_labs_problems(trd: Trd, tmp_path: Path) -> No
     assert "train" in trd("status", str(run))
     assert "56 samples graded, 0 verdicts changed" in trd("grade", str(run))
 
-    assert "done" in trd("run", *SETTINGS, f"run_dir={run}", "method=forward_kl", "--until", "train")  # same rollouts, vanilla teacher
+    # Same rollouts, vanilla teacher, and of them those that failed.
+    assert "done" in trd("run", *SETTINGS, f"run_dir={run}", "method=forward_kl", "data.filter=fail", "--until", "train")
     samples = pq.read_table(run / "train/samples.parquet").to_pylist()
-    assert len(samples) == 20
+    failed = [row for row in rows(run / "rollouts") if row["passed"] is False]
+    assert manifest(run / "train")["counts"]["left_out_filtered"] == 20 - len(failed)
+    assert len(samples) == len(failed) > 4
     for row in samples:
         problem = problems[row["problem_id"]]
         assert decode(row["teacher_prompt_ids"]) == f"P {problem['problem']} R {problem['reference_solution']} A"
         assert decode(row["student_prompt_ids"]) == f"P {problem['problem']} A"
-    assert [row["response_ids"] for row in samples] == [row["response_ids"] for row in rows(run / "rollouts")]
+    assert [row["response_ids"] for row in samples] == [row["response_ids"] for row in failed]

@@ -281,7 +281,7 @@ def test_baseline_has_no_refined(tmp_path: Path) -> None:
     # What an earlier run of trd left in the same folder is not this run's.
     write_parquet(shard_path(run_dir.refined, 0), [row("gone", 0, True, 1, "", initial_response="")], REFINED)
     figures, page, _ = written(config, run_dir)
-    assert set(figures["trajectories"]) == {"rollouts"}
+    assert set(figures["trajectories"]) == {"rollouts", "lengths"}
     assert "refine" not in [line["stage"] for line in figures["stages"]]
     assert "<i>y</i><sub>r</sub>" not in page
     assert "y_r, refined" not in page

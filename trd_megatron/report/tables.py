@@ -5,9 +5,11 @@ response_tokens. Rates are in percent, differences in percentage points, lengths
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
+
+import numpy as np
 
 from trd_megatron.evaluate import figures
 
@@ -97,8 +99,9 @@ def outcome(before: bool | None, after: bool | None) -> str:
 
 
 def trajectories(rollouts: Sequence[Row], refined: Sequence[Row] | None) -> dict[str, Any]:
-    """y_o and y_r, and how each pair came out. refined None: the method trains on y_o. Raises KeyError on a y_r without y_o."""
-    found: dict[str, Any] = {"rollouts": describe(rollouts)}
+    """y_o and y_r, how each pair came out, and lengths by outcome: of each by its own verdict, and of the pairs by how they came out.
+    refined None: the method trains on y_o. Raises KeyError on a y_r without y_o."""
+    found: dict[str, Any] = {"rollouts": describe(rollouts), "lengths": {"rollouts": _lengths_by_verdict(rollouts)}}
     if refined is not None:
         by_key = {key(row): row for row in rollouts}
         pairs = [(by_key[key(row)], row) for row in refined]
@@ -107,6 +110,33 @@ def trajectories(rollouts: Sequence[Row], refined: Sequence[Row] | None) -> dict
         found["not_refined"] = len(rollouts) - len(refined)
         found["rollout_pass_rate_of_the_refined"] = describe([before for before, _ in pairs])["pass_rate"]
         found["joint_outcomes"] = {name: joint[name] for name in OUTCOMES}
+        found["lengths"]["refined"] = _lengths_by_verdict(refined)
+        found["joint_lengths"] = {}
+        for name in OUTCOMES:
+            alike = [pair for pair in pairs if outcome(pair[0]["passed"], pair[1]["passed"]) == name]
+            found["joint_lengths"][name] = {
+                "rollouts": _lengths(before for before, _ in alike),
+                "refined": _lengths(after for _, after in alike),
+            }
+    return found
+
+
+def _lengths(rows: Iterable[Row]) -> dict[str, Any]:
+    return figures.lengths(np.array([row["response_tokens"] for row in rows], dtype=np.int64))
+
+
+def _lengths_by_verdict(rows: Sequence[Row]) -> dict[str, Any]:
+    return {name: _lengths(row for row in rows if row["passed"] is passed) for name, passed in (("passed", True), ("failed", False))}
+
+
+def by_reference(rollouts: Sequence[Row], refined: Sequence[Row] | None, worked: Collection[str]) -> dict[str, dict[str, Any]]:
+    """`trajectories` of the problems with a worked reference solution (their ids) and of the others, which have an answer at most; and how
+    many problems those are. As in the paper's section B.1."""
+    found = {}
+    for name, wanted in (("worked", True), ("answer_only", False)):
+        parts = [None if rows is None else [row for row in rows if (row["problem_id"] in worked) is wanted] for rows in (rollouts, refined)]
+        assert parts[0] is not None
+        found[name] = {"problems": len({row["problem_id"] for row in parts[0]}), **trajectories(parts[0], parts[1])}
     return found
 
 

@@ -3,7 +3,7 @@ rounds, and show the last one: its trajectories, its training, and its student b
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,19 @@ from trd_megatron.config import Config, get, leaves
 from trd_megatron.errors import UserError
 from trd_megatron.evaluate import benchmarks
 from trd_megatron.evaluate.metrics import RESAMPLES
-from trd_megatron.report import curves, html, plots, tables
-from trd_megatron.run_dir import Manifest, RunDir, atomic_write, write_json
+from trd_megatron.report import curves, differences, html, plots, repetition, tables
+from trd_megatron.run_dir import Manifest, RunDir, atomic_write, origins, write_json
 
 SAMPLES_SHOWN = 6
 GRADED = ("problem_id", "sample_index", "finish_reason", "passed", "verdict")
 TEXTS = ("problem_id", "sample_index", "response", "extracted_answer")
+SAMPLING = ("temperature", "top_p", "top_k", "max_prompt_tokens", "max_response_tokens")
+TRAINED_WITH = (
+    "seed", "mode", "teacher.path", "data.filter", "method.name", "method.trajectory", "method.teacher_prompt", "method.divergence.kind",
+    "method.divergence.top_k", "method.divergence.clip", "learner.trainable", "learner.learning_rate", "learner.global_batch_size",
+    "learner.epochs",
+)  # fmt: skip
+CURVES = ("step", "loss", "kl", "kl_passed", "kl_failed", "perplexity_gap", "epistemic_mass", "grad_norm", "lr")
 
 
 def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
@@ -68,8 +75,11 @@ def _training(
     refines = config.method.trajectory == "refined"
     rollouts = _rows(_shards(run_dir.rollouts))
     refined = _rows(_shards(run_dir.refined)) if refines else None
+    drawn_in = {"rollouts": run_dir.rollouts} | ({"refined": run_dir.refined} if refines else {})
     summary = json.loads(_text(run_dir.train / "summary.json"))
     metrics = [json.loads(line) for line in _text(run_dir.train / "metrics.jsonl").splitlines()]
+    problems = [_read(path, ("problem_id", "reference_solution")) for path in _shards(run_dir.problems)]
+    worked = {row["problem_id"] for table in problems for row in table.to_pylist() if row["reference_solution"]}
     exported = Manifest.read(run_dir.hf)
     figures = {
         "method": config.method.name,
@@ -80,6 +90,10 @@ def _training(
         "training": summary,
         "exported_step": None if exported is None else exported.counts["step"],
         "trajectories": tables.trajectories(rollouts, refined),
+        "by_reference": tables.by_reference(rollouts, refined, worked),
+        "repetition": {name: repetition.measure(_response_ids(folder)) for name, folder in drawn_in.items()},
+        "curves": {name: [line[name] for line in metrics] for name in CURVES},
+        "made": _made(config, drawn_in),
     }
     if len(views) > 1:
         figures["rounds"] = [_round(view, refines, scores) for view, scores in zip(views, lines, strict=True)]
@@ -97,7 +111,25 @@ def _training(
     if refined:
         drawn["joint_outcomes"] = plots.joint_outcomes(figures["trajectories"]["joint_outcomes"])
     picked = tables.pick_samples(rollouts, refined, SAMPLES_SHOWN)
-    return figures, drawn, _samples(run_dir, picked, rollouts, refined)
+    samples = _samples(run_dir, picked, rollouts, refined, of_lab=config.data.source == "lab")
+    kept = ("problem_id", "sample_index", "outcome", "first_different_word", "first_wrong_step")
+    figures["samples"] = [{name: sample[name] for name in kept} for sample in samples]
+    return figures, drawn, samples
+
+
+def _made(config: Config, drawn_in: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """What is behind the figures of trajectories and of training: settings and seed, and who drew and graded the samples."""
+    made: dict[str, dict[str, Any]] = {}
+    for name, folder in drawn_in.items():
+        sampling = config.rollout if name == "rollouts" else config.refine
+        settings = {key: getattr(sampling, key) for key in SAMPLING} | {"samples_per_problem": config.rollout.samples_per_problem}
+        made[name] = {"sampling": settings | {"seed": config.seed}, **origins(_shards(folder))}
+    return made | {"training": {key: get(config, key) for key in TRAINED_WITH}}
+
+
+def _response_ids(folder: Path) -> Iterator[pa.ListArray]:
+    """The token ids of a folder's responses, a shard in memory at a time."""
+    return (chunk for path in _shards(folder) for chunk in _read(path, ("response_ids",))["response_ids"].chunks)
 
 
 def _stages(views: Sequence[RunDir], config: Config) -> dict[str, tuple[str, Manifest | None]]:
@@ -186,21 +218,47 @@ def _texts(paths: Sequence[Path], columns: Sequence[str], problem_ids: set[str])
 
 
 def _samples(
-    run_dir: RunDir, picked: list[tuple[tables.Key, str]], rollouts: Sequence[tables.Row], refined: Sequence[tables.Row] | None
+    run_dir: RunDir,
+    picked: list[tuple[tables.Key, str]],
+    rollouts: Sequence[tables.Row],
+    refined: Sequence[tables.Row] | None,
+    of_lab: bool,
 ) -> list[dict[str, Any]]:
-    """The picked samples with their texts: outcome, problem_id, problem, answer, attempts (y_o, then y_r if there is one)."""
+    """The picked samples with their texts: outcome, problem_id, problem, answer, attempts (y_o, then y_r if there is one), where they
+    differ (_mark)."""
     ids = {problem_id for (problem_id, _), _ in picked}
-    found = _texts(_shards(run_dir.problems), ("problem_id", "problem", "answer"), ids)
+    found = _texts(_shards(run_dir.problems), ("problem_id", "problem", "answer", "reference_solution"), ids)
     problems = {row["problem_id"]: row for row in found}
     sources = [(run_dir.rollouts, rollouts)] if refined is None else [(run_dir.rollouts, rollouts), (run_dir.refined, refined)]
     attempts = []
     for folder, rows in sources:
         texts = {tables.key(row): row for row in _texts(_shards(folder), TEXTS, ids)}
         attempts.append({tables.key(row): {**row, **texts[tables.key(row)]} for row in rows if row["problem_id"] in ids})
-    return [
+    samples = [
         {**problems[which[0]], "outcome": outcome, "sample_index": which[1], "attempts": [each[which] for each in attempts]}
         for which, outcome in picked
     ]
+    for sample in samples:
+        _mark(sample, of_lab)
+    return samples
+
+
+def _mark(sample: dict[str, Any], of_lab: bool) -> None:
+    """Adds to a sample first_wrong_step (of y_o, from 1, the answer being the last; None where it has none or it is not known) and
+    first_different_word (of y_r, from 1; None where it says the same, or is not there), and to its attempts the pieces of their texts:
+    marked is the step, in both, if one is wrong, else where y_r leaves y_o."""
+    texts = [attempt["response"] for attempt in sample["attempts"]]
+    spans: list[differences.Span | None] = [None] * len(texts)
+    sample["first_different_word"] = sample["first_wrong_step"] = None
+    if len(texts) == 2 and (found := differences.first_difference(*texts)) is not None:
+        word, *spans = found
+        sample["first_different_word"] = word + 1
+    if of_lab and (wrong := differences.wrong_step(sample["problem"], sample["reference_solution"], texts[0])) is not None:
+        step, place = wrong
+        sample["first_wrong_step"] = step + 1
+        spans = [place, *(differences.same_step(sample["problem"], text, step) for text in texts[1:])]
+    for attempt, span in zip(sample["attempts"], spans, strict=True):
+        attempt["pieces"] = differences.pieces(attempt["response"], span)
 
 
 def _help() -> dict[str, str]:

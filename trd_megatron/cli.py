@@ -221,8 +221,8 @@ def grade(
 ) -> None:
     """Grade the samples of a run anew, without drawing any: rollouts, rewrites and evaluations of every round.
 
-    The scores, and the report if there is one, follow. Nothing becomes stale: training has used the labels only for its diagnostics and for data.filter.
-    Interrupted, the same command goes on.
+    The scores, and the report if there is one, follow. Nothing becomes stale: training has used the labels only for its diagnostics and for
+    data.filter. Interrupted, the same command goes on.
 
     [bold]Examples[/bold]
 

@@ -12,7 +12,7 @@ import pytest
 from trd_megatron import cli
 from trd_megatron.lab_models import lab_tokenizer
 from trd_megatron.lab_text import WAIT, WORDS
-from trd_megatron.verify.lab import verify_lab
+from trd_megatron.verify.lab import first_error, verify_lab
 
 SETTINGS = (
     "experiment=lab_distill", "task=lab", "model.path=builtin:lab-student", "data.world=lab_mini", "data.train_problems=20",
@@ -64,6 +64,14 @@ def test_trd_and_forward_kl_on_the_labs_problems(trd: Trd, tmp_path: Path) -> No
     metrics = [json.loads(line) for line in (run / "train/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [1, 2]
     assert 0 < metrics[0]["kl"] < 10
+    report = json.loads((run / "report.json").read_text())
+    assert report["by_reference"]["worked"]["problems"] == 20
+    responses = {row["problem_id"]: row["response"] for row in rows(run / "rollouts")}
+    for sample in report["samples"]:
+        problem = problems[sample["problem_id"]]
+        found = first_error(problem["problem"], problem["reference_solution"], responses[sample["problem_id"]])
+        assert sample["first_wrong_step"] == (found and found[0] + 1)
+    assert '<mark class="wrong">' in (run / "report.html").read_text()
     assert "train" in trd("status", str(run))
     assert "56 samples graded, 0 verdicts changed" in trd("grade", str(run))
 

@@ -78,6 +78,7 @@ def make_run(path: Path, *, method: MethodConfig | None = None, graded: bool = T
     problems = [
         dict.fromkeys(PROBLEM.names)
         | {"problem_id": name, "task": "math", "problem": f"{SCRIPT} {name}", "answer": CLOSING, "source": "s", "split": "train"}
+        | {"reference_solution": {"p0": "worked", "p1": "worked", "p2": ""}.get(name)}
         for name in PAIRS
     ]
     write_parquet(shard_path(run_dir.problems, 0), problems, PROBLEM)
@@ -228,12 +229,72 @@ def test_figures(tmp_path: Path) -> None:
     assert figures["settings"]["learner.lora.rank"] == 64
 
 
+def test_lengths_by_outcome_and_by_reference(tmp_path: Path) -> None:
+    figures, page, _ = written(*make_run(tmp_path / "run"))
+    both = figures["trajectories"]
+    assert {name: of["samples"] for name, of in both["lengths"]["rollouts"].items()} == {"passed": 3, "failed": 3}
+    assert both["lengths"]["rollouts"]["failed"]["mean"] == pytest.approx(110 / 3)
+    assert both["lengths"]["refined"]["passed"]["max"] == 12
+    repaired = both["joint_lengths"]["fail → pass"]  # p1 and p5
+    assert (repaired["rollouts"]["mean"], repaired["refined"]["mean"]) == (40, 7)
+    assert both["joint_lengths"]["pass → fail"]["refined"]["p50"] == 64
+
+    worked, rest = figures["by_reference"]["worked"], figures["by_reference"]["answer_only"]
+    assert (worked["problems"], rest["problems"]) == (2, 4)  # an empty reference solution is none
+    assert (worked["rollouts"]["samples"], rest["rollouts"]["samples"]) == (2, 5)
+    assert (worked["rollouts"]["pass_rate"], worked["refined"]["pass_rate"]) == (50, 100)
+    assert worked["joint_outcomes"]["fail → pass"] == rest["joint_outcomes"]["fail → pass"] == 1
+    assert "Worked reference" in page and "nothing to split by" not in page
+
+
+def test_repetition_is_measured_of_both(tmp_path: Path) -> None:
+    config, run_dir = make_run(tmp_path / "run")
+    rows = [row(name, 0, True, 12, "again", initial_response="", initial_passed=True) for name in PAIRS]
+    rows[0]["response_ids"] = [5, 6, 7, 8] * 3
+    write_parquet(shard_path(run_dir.refined, 0), rows, REFINED)
+    figures, page, _ = written(config, run_dir)
+    assert figures["repetition"]["rollouts"] == {"responses": 7, "repeated_4grams": 0, "loops": 0, "loop_rate": 0}
+    assert figures["repetition"]["refined"] == {
+        "responses": 6, "repeated_4grams": pytest.approx(100 * 5 / 9 / 6), "loops": 1, "loop_rate": pytest.approx(100 / 6)
+    }  # fmt: skip
+    assert "seq-rep-4" in page
+
+
+def test_what_is_behind_the_figures(tmp_path: Path) -> None:
+    figures, _, _ = written(*make_run(tmp_path / "run"))
+    assert figures["made"]["rollouts"]["sampling"]["seed"] == figures["made"]["training"]["seed"] == 0
+    assert figures["made"]["refined"]["sampling"]["max_prompt_tokens"] == 22528
+    assert figures["made"]["training"]["data.filter"] == "all"
+    assert figures["curves"]["step"] == [1, 2, 3]
+    assert figures["curves"]["kl_passed"] == [0.1, None, 0.1]
+    assert figures["curves"]["epistemic_mass"] == [0.02] * 3
+
+
+def test_samples_side_by_side_mark_where_they_part(tmp_path: Path) -> None:
+    config, run_dir = make_run(tmp_path / "run")
+    texts = {"p0": ("Right so far.\nNow <b>5</b>.\nEnd", "Right  so far.\nNow <i>6</i>.\nEnd"), "p1": ("same words", "same\nwords")}
+    for folder, schema, side in ((run_dir.rollouts, TRAJECTORY, 0), (run_dir.refined, REFINED, 1)):
+        for path in folder.glob("part-*"):
+            path.unlink()
+        rows = [row(name, 0, True, 9, both[side], initial_response="", initial_passed=True) for name, both in texts.items()]
+        write_parquet(shard_path(folder, 0), [{name: one[name] for name in schema.names if name in one} for one in rows], schema)
+    figures, page, _ = written(config, run_dir)
+    assert [(one["problem_id"], one["first_different_word"], one["first_wrong_step"]) for one in figures["samples"]] == [
+        ("p0", 5, None), ("p1", None, None)
+    ]  # fmt: skip
+    assert '<mark class="first">&lt;b&gt;5&lt;/b&gt;.</mark>' in page
+    assert '<mark class="second">&lt;i&gt;6&lt;/i&gt;.</mark>' in page
+    assert page.count("<mark ") == 2
+    assert texts["p0"][0] in Page(page).pre
+
+
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     _, page, _ = written(*make_run(tmp_path / "run"))
     parsed = Page(page)
     names = {tag for tag, _ in parsed.tags}
     assert not names & {"script", "img", "iframe", "link", "object", "embed", "base", "form"}
     assert not any(name.startswith("on") for _, attributes in parsed.tags for name in attributes)
+    assert any(name == "mark" for name in names)  # around hostile text as well
     shown = parsed.pre
     assert f"{SCRIPT} p0" in shown
     assert SCRIPT in shown

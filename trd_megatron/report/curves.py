@@ -44,7 +44,7 @@ def _panels(name: str, methods: Mapping[str, Metrics], panels: Mapping[str, str]
         raise ValueError(f"{len(methods)} methods in one figure, which tells {len(LOOKS)} apart")
 
     def draw(figure: Figure) -> None:
-        row = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        row = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
         for axes, (key, title) in zip(row, panels.items(), strict=True):
             for (label, metrics), look in zip(methods.items(), LOOKS, strict=False):
                 _curve(axes, metrics, key, scale, look, label)
@@ -58,7 +58,7 @@ def _panels(name: str, methods: Mapping[str, Metrics], panels: Mapping[str, str]
             for axes in row:
                 axes.axhline(0, color=INK, linewidth=0.7)
         else:
-            row[0].set_ylim(min(low, 0), max(high, 0))
+            row[0].set_ylim(min(1.05 * low, 0), max(1.05 * high, 0))
         if len(methods) > 1:
             handles, labels = row[0].get_legend_handles_labels()
             figure.legend(handles, labels, loc="outside upper center", ncols=3, handlelength=3.5)

@@ -4,6 +4,7 @@ The same figures always give the same bytes: a fixed hash salt, no date, and non
 """
 
 import io
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -182,12 +183,11 @@ def pass_curve(models: Mapping[str, Mapping[str, Any]]) -> str:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for (name, of), colour in zip(models.items(), (FIRST, SECOND), strict=False):
+        for (name, of), (colour, linestyle) in zip(models.items(), ((FIRST, "-"), (SECOND, "--")), strict=False):
             ks = list(range(1, of["k"] + 1))
-            _line(axes, ks, of["pass_curve"], colour, label=name)
-            if all(of["pass_curve_intervals"]):
-                low, high = zip(*of["pass_curve_intervals"], strict=True)
-                axes.fill_between(ks, low, high, color=colour, alpha=0.15, linewidth=0)
+            _line(axes, ks, of["pass_curve"], colour, label=name, linestyle=linestyle)
+            low, high = zip(*(bounds or (math.nan, math.nan) for bounds in of["pass_curve_intervals"]), strict=True)
+            axes.fill_between(ks, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set_xlabel("k")
         axes.set_ylabel("Pass@k, %")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

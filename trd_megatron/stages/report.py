@@ -78,8 +78,6 @@ def _training(
     drawn_in = {"rollouts": run_dir.rollouts} | ({"refined": run_dir.refined} if refines else {})
     summary = json.loads(_text(run_dir.train / "summary.json"))
     metrics = [json.loads(line) for line in _text(run_dir.train / "metrics.jsonl").splitlines()]
-    problems = [_read(path, ("problem_id", "reference_solution")) for path in _shards(run_dir.problems)]
-    worked = {row["problem_id"] for table in problems for row in table.to_pylist() if row["reference_solution"]}
     exported = Manifest.read(run_dir.hf)
     figures = {
         "method": config.method.name,
@@ -90,7 +88,7 @@ def _training(
         "training": summary,
         "exported_step": None if exported is None else exported.counts["step"],
         "trajectories": tables.trajectories(rollouts, refined),
-        "by_reference": tables.by_reference(rollouts, refined, worked),
+        "by_reference": tables.by_reference(rollouts, refined, _worked(run_dir.problems)),
         "repetition": {name: repetition.measure(_response_ids(folder)) for name, folder in drawn_in.items()},
         "curves": {name: [line[name] for line in metrics] for name in CURVES},
         "made": _made(config, drawn_in),
@@ -115,6 +113,14 @@ def _training(
     kept = ("problem_id", "sample_index", "outcome", "first_different_word", "first_wrong_step")
     figures["samples"] = [{name: sample[name] for name in kept} for sample in samples]
     return figures, drawn, samples
+
+
+def _worked(folder: Path) -> set[str]:
+    """The problems that have a worked reference solution, not just an answer."""
+    read = [_read(path, ("problem_id", "reference_solution")) for path in _shards(folder)]
+    # Compared where they are: a null is neither, and so is not kept.
+    kept = [table.filter(pc.not_equal(table["reference_solution"], "")) for table in read]
+    return {name for table in kept for name in table["problem_id"].to_pylist()}
 
 
 def _made(config: Config, drawn_in: dict[str, Path]) -> dict[str, dict[str, Any]]:

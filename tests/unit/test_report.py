@@ -434,6 +434,19 @@ def test_costs_add_up_the_rounds_and_say_where_they_know_nothing() -> None:
     assert lacking["rollout"]["seconds"] == 8
 
 
+def test_the_band_of_pass_at_k_is_left_out_only_where_there_is_no_interval() -> None:
+    of = {"k": 3, "pass_curve": [40.0, 60.0, 100.0], "pass_curve_intervals": [[30.0, 50.0], [50.0, 70.0], None]}
+    none = of | {"pass_curve_intervals": [None] * 3}
+    assert plots.pass_curve({"base": of}).count("opacity: 0.15") > plots.pass_curve({"base": none}).count("opacity: 0.15")
+
+
+def test_a_filter_is_named(tmp_path: Path) -> None:
+    config, run_dir = make_run(tmp_path / "run")
+    assert "data.filter=fail" not in written(config, run_dir)[1]
+    config.data.filter = "fail"
+    assert "data.filter=fail" in written(config, run_dir)[1]
+
+
 def test_number_formats() -> None:
     assert [html.signed(x) for x in (1.25, -1234.56, -0.04, None)] == ["+1.2", "−1,234.6", "0.0", "—"]
     assert [html.direction(x) for x in (0.06, -0.06, 0.04, None)] == ["up", "down", "", ""]

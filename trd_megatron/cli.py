@@ -202,8 +202,35 @@ def status(run_path: RunPath) -> None:
 
 
 @app.command()
-def report(run_path: RunPath) -> None:
-    """Write report.html and report.json of a run anew from what lies there."""
+def report(
+    run_paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run directory; with --compare, as many as you like.")],
+    compare: Annotated[bool, typer.Option("--compare", help="Put runs side by side: the paper's tables, pooled over seeds.")] = False,
+    folder: Annotated[
+        Path, typer.Option("--output", metavar="FOLDER", help="--compare: where report.html, report.json and report.md go.")
+    ] = Path("comparison"),
+) -> None:
+    """Write report.html and report.json of a run anew from what lies there; or compare runs.
+
+    [bold]--compare[/bold]: methods are the rows of the tables and seeds are pooled; any other setting in which runs differ (mode, model.path,
+    learner.trainable, ...) makes tables of its own. Runs of experiment=evaluate join as models of their own, such as the teacher.
+
+    [bold]Examples[/bold]
+
+      trd report runs/quickstart
+
+      trd report --compare runs/trd runs/forward_kl
+
+      trd report --compare runs/opd/*/ runs/opsd/*/ --output runs/comparison
+    """
+    if compare:
+        from trd_megatron.report import compare as comparison
+
+        comparison.write(run_paths, folder)
+        console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False)
+        return
+    if len(run_paths) > 1:
+        raise UserError("trd report writes the report of one run; --compare puts several side by side")
+    [run_path] = run_paths
     from trd_megatron.config import from_dict
     from trd_megatron.run_dir import RunDir, read_config
 

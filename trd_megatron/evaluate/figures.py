@@ -56,7 +56,7 @@ class Samples:
         return Samples(ids, self.passed[chosen], self.tokens[chosen])
 
 
-def _named(scores: Floats) -> dict[str, Any]:
+def named(scores: Floats) -> dict[str, Any]:
     """The means over problems of the columns of Samples.scores (or of their differences), with intervals."""
     values = (100 * scores.mean(axis=0)).tolist()
     bounds = intervals(100 * scores)
@@ -81,7 +81,7 @@ def lengths(tokens: NDArray[np.int64]) -> dict[str, Any]:
 def of_model(samples: Samples) -> dict[str, Any]:
     """Avg@k and Pass@k with k = samples per problem, Pass@k for every k up to that, and lengths of correct and incorrect samples."""
     spread = {"correct": lengths(samples.tokens[samples.passed]), "incorrect": lengths(samples.tokens[~samples.passed])}
-    return {"problems": len(samples.problem_ids), "k": samples.n, **_named(samples.scores), "lengths": spread}
+    return {"problems": len(samples.problem_ids), "k": samples.n, **named(samples.scores), "lengths": spread}
 
 
 def comparison(base: Samples, student: Samples) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def comparison(base: Samples, student: Samples) -> dict[str, Any]:
     """
     if base.problem_ids != student.problem_ids or base.n != student.n:
         raise ValueError("base and student need the same samples")
-    return {"delta": _named(student.scores - base.scores), "buckets": _buckets(base, student)}
+    return {"delta": named(student.scores - base.scores), "buckets": _buckets(base, student)}
 
 
 def _buckets(base: Samples, student: Samples) -> list[dict[str, Any]]:
@@ -104,7 +104,7 @@ def _buckets(base: Samples, student: Samples) -> list[dict[str, Any]]:
             ours, theirs = base.keep(chosen).scores, student.keep(chosen).scores
             for label, scores in (("base", ours), ("student", theirs)):
                 line[label] = {"avg_at_k": 100 * float(scores[:, 0].mean()), "pass_at_k": 100 * float(scores[:, -1].mean())}
-            delta = _named(theirs - ours)
+            delta = named(theirs - ours)
             line["delta"] = {name: delta[name] for name in ("avg_at_k", "avg_at_k_interval", "pass_at_k", "pass_at_k_interval")}
         lines.append(line)
     return lines

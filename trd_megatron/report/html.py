@@ -109,7 +109,7 @@ def _styles_to_classes(plots: Mapping[str, str]) -> tuple[dict[str, Markup], str
     return replaced, "".join(f".{name}{{{style}}}\n" for style, name in classes.items())
 
 
-def render(figures: Mapping[str, Any], plots: Mapping[str, str]) -> str:
+def render(figures: Mapping[str, Any], plots: Mapping[str, str], template: str = "template.html.j2") -> str:
     """The page. figures: as written to report.json, and more for the samples; plots: name -> SVG made by report.plots."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("trd_megatron.report", "."),
@@ -124,5 +124,4 @@ def render(figures: Mapping[str, Any], plots: Mapping[str, str]) -> str:
     inline, rules = _styles_to_classes(plots)
     style = "\n" + resources.files("trd_megatron.report").joinpath("style.css").read_text(encoding="utf-8") + rules
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    template = environment.get_template("template.html.j2")
-    return template.render(figures, plots=inline, style=Markup(style), style_hash=f"sha256-{digest}")
+    return environment.get_template(template).render(figures, plots=inline, style=Markup(style), style_hash=f"sha256-{digest}")

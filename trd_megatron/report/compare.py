@@ -1,0 +1,543 @@
+"""Many runs side by side: the paper's tables with deltas and intervals, figure 3, and what each method cost.
+
+Runs are pooled over their seeds; methods are the rows, and any other setting in which runs differ makes sections of its own. Rates are in
+percent, differences in points, lengths in tokens, times in seconds.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from trd_megatron.config import Config, from_dict, get, leaves
+from trd_megatron.errors import UserError
+from trd_megatron.evaluate import benchmarks, buckets, figures
+from trd_megatron.evaluate.figures import Samples
+from trd_megatron.evaluate.metrics import RESAMPLES, Floats
+from trd_megatron.records import REFINED, TRAJECTORY
+from trd_megatron.report import compare_page, tables
+from trd_megatron.run_dir import Manifest, RunDir, atomic_write, read_columns, read_config, write_json
+
+METHODS = ("forward_kl", "forward_kl_clip", "reverse_kl", "reverse_kl_topk", "trd")  # the paper's order; others come after
+OURS, VANILLA = "trd", "forward_kl"
+METRICS = ("avg_at_k", "pass_at_k")
+# Settings in which runs of one section may differ: rows and pooled seeds, and what changes no figure of a benchmark that runs share.
+NO_SECTION = ("name", "job", "seed", "method", "evaluate.benchmarks", "evaluate.teacher")
+OF_THE_TEACHER = ("mode", "teacher", "engine.teacher")  # in which OPD and OPSD of one student differ
+GRADED = ("problem_id", "sample_index", "finish_reason", "passed", "verdict", "response_ids")
+DIAGNOSTICS = ("kl_passed", "kl_failed", "perplexity_gap", "epistemic_mass")  # of metrics.jsonl, the paper's figure 3
+FIRST_SHARE = 0.1  # of the steps: the start of training
+
+
+def write(runs: Sequence[Path], folder: Path) -> None:
+    """Writes report.html, report.json and report.md about these run directories into `folder`.
+
+    Raises UserError if there is no run, one is not finished or was made with other settings than its config.yaml says, a file is damaged,
+    two runs are the same, or runs that belong together share no benchmark or were asked other problems.
+    """
+    if not runs:
+        raise UserError("no run to compare: trd report --compare RUN...")
+    if (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is a run, whose own report would be lost: choose another --output FOLDER")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --output FOLDER")
+    found = compare([Run.read(path) for path in {path.resolve(): path for path in runs}.values()])
+    texts = {"report.md": compare_page.markdown(found), "report.html": compare_page.page(found)}
+    write_json(folder / "report.json", found)
+    for name, text in texts.items():
+        with atomic_write(folder / name) as file:
+            file.write(text)
+
+
+def _under(name: str, keys: Iterable[str]) -> bool:
+    return any(name == key or name.startswith(f"{key}.") for key in keys)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run. last: the view of its last round. stages: label -> manifest of what the figures stand on."""
+
+    path: Path
+    config: Config
+    last: RunDir
+    stages: Mapping[str, Manifest]
+
+    @staticmethod
+    def read(path: Path) -> "Run":
+        """Raises UserError if `path` is no run, or not finished."""
+        values = read_config(path)
+        try:
+            config = from_dict(values)
+        except UserError as error:
+            raise UserError(f"{path / 'config.yaml'}: {error}") from None
+        whole = RunDir(path, config.name)
+        last = whole.in_round(config.rounds - 1, config.rounds)
+        folders = {"evaluate/base": whole.in_round(0, config.rounds).eval / "base"}
+        if config.job == "distill":
+            folders["rollout"] = last.rollouts
+            if config.method.trajectory == "refined":
+                folders["refine"] = last.refined
+            folders |= {"train": last.train, "export/hf": last.hf}
+        if config.job != "evaluate":
+            folders["evaluate/student"] = last.eval / "student"
+        stages = {}
+        for label, folder in folders.items():
+            manifest = Manifest.read(folder)
+            if manifest is None or manifest.status != "done":
+                state = "missing" if manifest is None else "not finished"
+                raise UserError(f"{path}: stage {label} is {state}; give its `trd run` command again (`trd status {path}` shows its stages)")
+            stages[label] = manifest
+        run = Run(path, config, last, stages)
+        run._check_made()
+        return run
+
+    def _check_made(self) -> None:
+        """A run that was begun again with other settings has the old results until it is finished."""
+        known = dict(leaves())
+        for label, manifest in self.stages.items():
+            other = [key for key, value in manifest.settings.items() if key in known and get(self.config, key) != value]
+            other += [name for name, value in manifest.inputs.items() if name in self.stages and self.stages[name].fingerprint != value]
+            if other:
+                raise UserError(f"{self.path}: stage {label} was made with another {other[0]}: give its `trd run` command again")
+
+    @property
+    def method(self) -> str:
+        """The row of the tables that it belongs to."""
+        return self.config.method.name if self.config.job == "distill" else self.config.job
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed
+
+    @property
+    def benchmarks(self) -> list[str]:
+        return [benchmarks.name(spec) for spec in self.config.evaluate.benchmarks]
+
+    def folder(self, model: str) -> Path:
+        """Of the samples of base, teacher or student; the first two were drawn in round 0."""
+        view = self.last if model == "student" else self.last.in_round(0, self.config.rounds)
+        return view.eval / model
+
+    def evaluated(self, model: str) -> bool:
+        manifest = Manifest.read(self.folder(model))
+        return manifest is not None and manifest.status == "done"
+
+    def samples(self, model: str, benchmark: str) -> Samples:
+        path = self.folder(model) / f"{benchmark}.parquet"
+        try:
+            return Samples.of(_rows([path], TRAJECTORY))
+        except ValueError as error:
+            raise UserError(f"{path}: {error}; move {path.parent} away and run again") from None
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        path = self.last.train / "metrics.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}): move {path.parent} away and run again") from None
+
+    def trajectories(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+        """The rows of y_o, and of y_r where it has them. Problems are named with the seed, so that runs can be put together."""
+        refined = _shards(self.last.refined, REFINED) if "refine" in self.stages else None
+        both = [_shards(self.last.rollouts, TRAJECTORY), refined]
+        first, second = (rows and [row | {"problem_id": f"{self.seed}/{row['problem_id']}"} for row in rows] for rows in both)
+        return first or [], second
+
+    def costs(self) -> dict[str, dict[str, Any]]:
+        """tables.costs over all rounds."""
+        stages: list[tuple[str, dict[str, Any] | None]] = []
+        for number in range(self.config.rounds):
+            view = self.last.in_round(number, self.config.rounds)
+            folders = {"rollout": view.rollouts, "refine": view.refined, "train": view.train, "evaluate/student": view.eval / "student"}
+            if "refine" not in self.stages:
+                del folders["refine"]
+            manifests = {name: Manifest.read(folder) for name, folder in folders.items()}
+            stages += [(name, manifest and dataclasses.asdict(manifest)) for name, manifest in manifests.items()]
+        return tables.costs(stages)
+
+
+def _rows(paths: Sequence[Path], schema: pa.Schema) -> list[dict[str, Any]]:
+    """Rows as report.tables takes them; the ids do not become Python objects."""
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        table = read_columns(path, schema, GRADED)
+        lengths = pc.list_value_length(table["response_ids"])
+        rows += table.drop_columns(["response_ids"]).append_column("response_tokens", lengths).to_pylist()
+    return rows
+
+
+def _shards(folder: Path, schema: pa.Schema) -> list[dict[str, Any]]:
+    paths = sorted(folder.glob("part-*.parquet"))
+    if not paths:
+        raise UserError(f"{folder} holds no part-*.parquet: move it away and run again")
+    return _rows(paths, schema)
+
+
+# Which runs belong together
+
+
+def compare(runs: Sequence[Run]) -> dict[str, Any]:
+    """Everything that report.json holds: sections of runs that differ in method and seed alone; models that were evaluated alone; OPD, OPSD
+    and their teachers; and the runs behind all that."""
+    trained = [run for run in runs if run.config.job != "evaluate"]
+    alone = [run for run in runs if run.config.job == "evaluate"]
+    keys = _differing(trained)
+    sections = [{"settings": dict(of)} | _section(members) for of, members in _grouped(trained, keys)]
+    keys_alone = [key for key in _differing(alone) if key != "model.path"]
+    return {
+        "title": ", ".join(dict.fromkeys(run.config.name for run in runs)),
+        "tasks": sorted({run.config.task for run in runs}),
+        "resamples": RESAMPLES,
+        "sections": sections,
+        "evaluated": [{"settings": dict(of)} | _evaluated(members) for of, members in _grouped(alone, keys_alone)],
+        "teachers": _teachers(trained, alone, keys),
+        "runs": [_described(run, dict.fromkeys(["model.path", *(keys_alone if run in alone else keys)])) for run in runs],
+    }
+
+
+def _differing(runs: Sequence[Run]) -> list[str]:
+    """Keys of the result-changing settings, besides NO_SECTION, in which runs differ."""
+    return [
+        key
+        for key, field in leaves()
+        if not field.metadata["layout"] and not _under(key, NO_SECTION) and len({json.dumps(get(run.config, key)) for run in runs}) > 1
+    ]
+
+
+def _grouped(runs: Iterable[Run], keys: Sequence[str]) -> list[tuple[list[tuple[str, Any]], list[Run]]]:
+    """((key, value) of each key, the runs that have them), in the order of the runs."""
+    found: dict[str, tuple[list[tuple[str, Any]], list[Run]]] = {}
+    for run in runs:
+        of = [(key, get(run.config, key)) for key in keys]
+        found.setdefault(json.dumps(of), (of, []))[1].append(run)
+    return list(found.values())
+
+
+def _described(run: Run, keys: Iterable[str]) -> dict[str, Any]:
+    versions: dict[str, list[str]] = {}
+    for manifest in run.stages.values():
+        for library, version in manifest.versions.items():
+            known = versions.setdefault(library, [])
+            known += [version] if version not in known else []
+    return {
+        "run": str(run.path),
+        "name": run.config.name,
+        "method": run.method,
+        "seed": run.seed,
+        "settings": {key: get(run.config, key) for key in keys},
+        "fingerprints": {label: manifest.fingerprint for label, manifest in run.stages.items()},
+        "finished": max(manifest.finished for manifest in run.stages.values()),
+        "versions": versions,
+    }
+
+
+def _by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """method -> its runs by seed, in the paper's order. Raises UserError if two runs have the same method and seed."""
+    found: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.seed):
+        of = found.setdefault(run.method, [])
+        if of and of[-1].seed == run.seed:
+            raise UserError(f"{of[-1].path} and {run.path} have the same method, seed and settings: leave one out")
+        of.append(run)
+    return {name: found[name] for name in [*METHODS, *found] if name in found}
+
+
+def _common(runs: Sequence[Run]) -> list[str]:
+    """The benchmarks that all runs have. Raises UserError if there is none."""
+    common = runs[0].benchmarks
+    for run in runs[1:]:
+        left = [name for name in common if name in run.benchmarks]
+        if not left:
+            raise UserError(
+                f"{run.path} was evaluated on {', '.join(run.benchmarks) or 'nothing'} and {runs[0].path} on "
+                f"{', '.join(runs[0].benchmarks) or 'nothing'}: runs of one table need a benchmark in common (evaluate.benchmarks)"
+            )
+        common = left
+    if not common:
+        raise UserError(f"{runs[0].path} was evaluated on no benchmark (evaluate.benchmarks): there is nothing to compare")
+    return common
+
+
+# Scores
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one row of a table is made of: the samples of a model under each seed."""
+
+    by_seed: Mapping[int, Samples]
+
+    @cached_property
+    def problem_ids(self) -> list[str]:
+        return sorted({problem for samples in self.by_seed.values() for problem in samples.problem_ids})
+
+    @cached_property
+    def values(self) -> Floats:
+        """[problem, 1 + k]: Samples.scores, of each problem the mean over the seeds that asked it."""
+        return _seed_mean(self.problem_ids, [(samples.problem_ids, samples.scores) for samples in self.by_seed.values()])
+
+    def figures(self) -> dict[str, Any]:
+        """Means with intervals, each seed's own, and lengths of all samples together."""
+        tokens = {
+            "correct": [samples.tokens[samples.passed] for samples in self.by_seed.values()],
+            "incorrect": [samples.tokens[~samples.passed] for samples in self.by_seed.values()],
+        }
+        seeds = [
+            {"seed": seed} | dict(zip(METRICS, (100 * samples.scores[:, [0, -1]].mean(axis=0)).tolist(), strict=True))
+            for seed, samples in self.by_seed.items()
+        ]
+        return figures.named(self.values) | {
+            "seeds": seeds,
+            "lengths": {name: figures.lengths(np.concatenate(parts)) for name, parts in tokens.items()},
+        }
+
+
+def _seed_mean(ids: Sequence[str], parts: Iterable[tuple[Sequence[str], Floats]]) -> Floats:
+    """[problem, column] in the order of ids: of each problem the mean over the parts ([its problem, column]) that have it."""
+    place = {problem: index for index, problem in enumerate(ids)}
+    sums, counts = None, np.zeros((len(ids), 1))
+    for problem_ids, scores in parts:
+        rows = [place[problem] for problem in problem_ids]
+        sums = np.zeros((len(ids), scores.shape[1])) if sums is None else sums
+        sums[rows] += scores
+        counts[rows] += 1
+    assert sums is not None
+    return sums / counts
+
+
+def _delta(base: Scores, student: Scores) -> dict[str, Any]:
+    """student - base under each seed, problem by problem; then as in Scores."""
+    parts = [(of.problem_ids, of.scores - base.by_seed[seed].scores) for seed, of in student.by_seed.items()]
+    return figures.named(_seed_mean(student.problem_ids, parts))
+
+
+def _against(baseline: Scores, ours: Scores) -> dict[str, Any]:
+    """ours - baseline over the problems that both were asked, each the mean over its seeds."""
+    common = sorted(set(baseline.problem_ids) & set(ours.problem_ids))
+    values = [of.values[np.isin(of.problem_ids, common)] for of in (ours, baseline)]
+    return figures.named(values[0] - values[1]) if common else {}
+
+
+class _Asked:
+    """Checks that samples of one benchmark belong into one table: k is the same, and so are the problems. The run's own held-out problems
+    (test) may be others under another seed, which draws them."""
+
+    def __init__(self, benchmark: str) -> None:
+        self.benchmark = benchmark
+        self.first: dict[int, tuple[Run, Samples]] = {}  # by seed
+
+    def read(self, run: Run, model: str) -> Samples:
+        samples = run.samples(model, self.benchmark)
+        ((other, known),) = [self.first.setdefault(run.seed, (run, samples))]
+        if self.benchmark != "test" or known.n != samples.n:
+            other, known = next(iter(self.first.values()))
+        if known.n != samples.n:
+            raise UserError(
+                f"{other.path} and {run.path} ({model}): {known.n} and {samples.n} samples of each problem of {self.benchmark}; compare them apart"
+            )
+        if known.problem_ids != samples.problem_ids:
+            raise UserError(f"{other.path} and {run.path} ({model}) were asked other problems of {self.benchmark}: compare them apart")
+        return samples
+
+    @property
+    def differs(self) -> bool:
+        """Whether seeds have other problems."""
+        return len({tuple(samples.problem_ids) for _, samples in self.first.values()}) > 1
+
+
+def _section(runs: Sequence[Run]) -> dict[str, Any]:
+    """Tables of runs that differ in method and seed alone."""
+    methods = _by_method(runs)
+    common = _common(runs)
+    found: dict[str, Any] = {
+        "methods": {name: [run.seed for run in of] for name, of in methods.items()},
+        "benchmarks": [_benchmark(name, methods) for name in common],
+        "left_out": sorted({name for run in runs for name in run.benchmarks} - set(common)),
+    }
+    if len(common) > 1:
+        found["mean"] = _mean(found["benchmarks"])
+    distilled = {name: of for name, of in methods.items() if of[0].config.job == "distill"}
+    if distilled:
+        found["trajectories"] = {name: _trajectories(of) for name, of in distilled.items()}
+        found["costs"] = _costs(distilled)
+        found["curves"] = {name: _curves([run.metrics() for run in of]) for name, of in distilled.items()}
+        found["diagnostics"] = {name: _start(lines) for name, lines in found["curves"].items()}
+    return found
+
+
+def _benchmark(name: str, methods: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+    """One benchmark's table: base, teacher where it was evaluated, and every method, with their differences."""
+    asked = _Asked(name)
+    bases = {method: Scores({run.seed: asked.read(run, "base") for run in of}) for method, of in methods.items()}
+    students = {method: Scores({run.seed: asked.read(run, "student") for run in of}) for method, of in methods.items()}
+    taught = {run.seed: run for of in methods.values() for run in of if run.evaluated("teacher")}
+    base = Scores({seed: samples for of in reversed(bases.values()) for seed, samples in of.by_seed.items()})
+    ours = next(iter(base.by_seed.values()))
+    table: dict[str, Any] = {
+        "benchmark": name,
+        "problems": len(base.problem_ids),
+        "k": ours.n,
+        "problems_differ": asked.differs,
+        "base": base.figures(),
+        "methods": {},
+    }
+    for method, student in students.items():
+        table["methods"][method] = student.figures() | {
+            "delta": _delta(bases[method], student),
+            "buckets": _buckets(bases[method], student),
+        }
+    if taught:
+        table["teacher"] = Scores({seed: asked.read(run, "teacher") for seed, run in taught.items()}).figures()
+    others = [method for method in students if method != OURS]
+    if OURS in students and others:
+        table["against_best"] = {}
+        for metric in METRICS:
+            best = max(others, key=lambda method: table["methods"][method][metric])
+            gap = _against(students[best], students[OURS])
+            if gap:
+                table["against_best"][metric] = {"method": best, "delta": gap[metric], "interval": gap[f"{metric}_interval"]}
+    for metric in METRICS:
+        table[f"best_{metric}"] = best_of({"base": table["base"][metric]} | {row: of[metric] for row, of in table["methods"].items()})
+    return table
+
+
+def best_of(values: Mapping[str, float]) -> list[str]:
+    """The rows that are best as they are shown, with one decimal."""
+    best = max(round(value, 1) for value in values.values())
+    return [row for row, value in values.items() if round(value, 1) == best]
+
+
+def _mean(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The unweighted means over benchmarks."""
+    found: dict[str, Any] = {"base": {metric: mean(line["base"][metric] for line in lines) for metric in METRICS}, "methods": {}}
+    for method in lines[0]["methods"]:
+        of = [line["methods"][method] for line in lines]
+        found["methods"][method] = {metric: mean(line[metric] for line in of) for metric in METRICS}
+        found["methods"][method]["delta"] = {metric: mean(line["delta"][metric] for line in of) for metric in METRICS}
+    for metric in METRICS:
+        values = {"base": found["base"][metric]} | {method: of[metric] for method, of in found["methods"].items()}
+        found[f"best_{metric}"] = best_of(values)
+    return found
+
+
+def _buckets(base: Scores, student: Scores) -> list[dict[str, Any]]:
+    """Both by how many of the base's samples pass; a problem counts once for each seed."""
+    lines = []
+    n = next(iter(student.by_seed.values())).n
+    for low, high in buckets.bounds(n):
+        parts: dict[str, list[Floats]] = {"base": [], "student": []}
+        for seed, of in student.by_seed.items():
+            counts = base.by_seed[seed].passed.sum(axis=1)
+            chosen = (counts >= low) & (counts <= high)
+            parts["base"].append(base.by_seed[seed].scores[chosen])
+            parts["student"].append(of.scores[chosen])
+        values = {model: np.concatenate(of)[:, [0, -1]] for model, of in parts.items()}
+        line: dict[str, Any] = {"base_passes": buckets.name(low, high), "problems": len(values["base"])}
+        if line["problems"]:
+            line |= {model: dict(zip(METRICS, (100 * of.mean(axis=0)).tolist(), strict=True)) for model, of in values.items()}
+        lines.append(line)
+    return lines
+
+
+# Training
+
+
+def _trajectories(runs: Sequence[Run]) -> dict[str, Any]:
+    """tables.trajectories of all seeds together."""
+    pairs = [run.trajectories() for run in runs]
+    refined = [row for _, rows in pairs for row in rows or ()]
+    return tables.trajectories([row for rows, _ in pairs for row in rows], refined if pairs[0][1] is not None else None)
+
+
+def _costs(methods: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+    """Seconds of each part, the mean over seeds, and TRD's over those of forward KL (the paper's tables 11 and 12)."""
+    found: dict[str, dict[str, float]] = {}
+    for method, runs in methods.items():
+        parts = [run.costs() for run in runs]
+        seconds = {name: [part[name]["seconds"] for part in parts] for name in parts[0]}
+        found[method] = {name: mean(of) for name, of in seconds.items() if None not in of}
+    costs: dict[str, Any] = {"methods": found}
+    if OURS in found and VANILLA in found:
+        pairs = {name: (found[OURS][name], of) for name, of in found[VANILLA].items() if name in found[OURS]}
+        costs["ratio"] = {name: ours / theirs for name, (ours, theirs) in pairs.items() if theirs}
+    return costs
+
+
+def _curves(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """A line for each step that all runs have: each diagnostic's mean over those that have a value there, None if none has."""
+    found: list[dict[str, Any]] = []
+    for lines in zip(*runs, strict=False):
+        values = {name: [line[name] for line in lines if line.get(name) is not None] for name in DIAGNOSTICS}
+        found.append({"step": lines[0]["step"]} | {name: mean(of) if of else None for name, of in values.items()})
+    return found
+
+
+def _start(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Each diagnostic's mean over the first tenth of the steps, before much is learned."""
+    first = lines[: max(round(FIRST_SHARE * len(lines)), 1)]
+    values = {name: [line[name] for line in first if line[name] is not None] for name in DIAGNOSTICS}
+    return {name: mean(of) if of else None for name, of in values.items()}
+
+
+# Models that are no student
+
+
+def _evaluated(runs: Sequence[Run]) -> dict[str, Any]:
+    """Benchmarks of models that were evaluated alone, pooled over seeds."""
+    models: dict[str, list[Run]] = {}
+    for run in runs:
+        models.setdefault(str(run.config.model.path), []).append(run)
+    ordered = {path: _by_method(of)["evaluate"] for path, of in models.items()}
+    lines = []
+    for name in _common(runs):
+        asked = _Asked(name)
+        scores = {path: Scores({run.seed: asked.read(run, "base") for run in of}) for path, of in ordered.items()}
+        first = next(iter(scores.values()))
+        line = {"benchmark": name, "problems": len(first.problem_ids), "k": next(iter(first.by_seed.values())).n}
+        lines.append(line | {"models": {path: of.figures() for path, of in scores.items()}})
+    return {"benchmarks": lines}
+
+
+def _teachers(trained: Sequence[Run], alone: Sequence[Run], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The paper's table 5: TRD from another model (OPD), from itself (OPSD) and the teachers themselves, where at least two of these are there
+    under otherwise the same settings, on the benchmarks that all have."""
+    found = []
+    ours = [run for run in trained if run.method == OURS]
+    for of, runs in _grouped(ours, [key for key in keys if not _under(key, OF_THE_TEACHER)]):
+        rows: dict[str, list[tuple[Run, str]]] = {}
+        for path in dict.fromkeys(run.config.teacher.path for run in runs if run.config.teacher.path is not None):
+            scored = [(run, "teacher") for run in runs if run.config.teacher.path == path and run.evaluated("teacher")]
+            rows[f"Teacher {path}"] = scored or [(run, "base") for run in alone if _evaluates(run, path, runs[0])]
+        rows["Base"] = [(run, "base") for run in runs]
+        for differs, members in _grouped(runs, [key for key in keys if _under(key, OF_THE_TEACHER)]):
+            more = ", ".join(f"{key}={value}" for key, value in differs if value and key != "mode")
+            rows[f"{members[0].config.mode.upper()} {more}".strip()] = [(run, "student") for run in members]
+        rows = {label: row for label, row in rows.items() if row}
+        if len(rows) < 3:
+            continue
+        lines = []
+        for name in runs[0].benchmarks:
+            if all(name in run.benchmarks for row in rows.values() for run, _ in row):
+                asked = _Asked(name)
+                scores = {
+                    label: Scores({run.seed: asked.read(run, model) for run, model in reversed(row)}).figures() for label, row in rows.items()
+                }
+                lines.append({"benchmark": name, "k": len(scores["Base"]["pass_curve"]), "rows": scores})
+        if lines:
+            found.append({"settings": dict(of), "rows": list(rows), "benchmarks": lines})
+    return found
+
+
+def _evaluates(run: Run, path: str, like: Run) -> bool:
+    """Whether this run evaluated the model at `path` as the other run evaluates."""
+    same = dataclasses.replace(run.config.evaluate, benchmarks=[]) == dataclasses.replace(like.config.evaluate, benchmarks=[])
+    return run.config.model.path == path and same

@@ -26,12 +26,13 @@ from trd_megatron.records import REFINED, TRAJECTORY
 from trd_megatron.report import compare_page, tables
 from trd_megatron.run_dir import Manifest, RunDir, atomic_write, read_columns, read_config, write_json
 
-METHODS = ("forward_kl", "forward_kl_clip", "reverse_kl", "reverse_kl_topk", "trd")  # the paper's order; others come after
+METHODS = ("forward_kl", "forward_kl_clip", "reverse_kl", "reverse_kl_topk", "reverse_kl_top8", "trd")  # the paper's order; others come after
 OURS, VANILLA = "trd", "forward_kl"
 METRICS = ("avg_at_k", "pass_at_k")
 # Settings in which runs of one section may differ: rows and pooled seeds, and what changes no figure of a benchmark that runs share.
-NO_SECTION = ("name", "job", "seed", "method", "evaluate.benchmarks", "evaluate.teacher")
+NO_SECTION = ("name", "run_dir", "job", "seed", "method", "evaluate.benchmarks", "evaluate.teacher")
 OF_THE_TEACHER = ("mode", "teacher", "engine.teacher")  # in which OPD and OPSD of one student differ
+TITLE = ("mode", "model.path")  # said of every section
 GRADED = ("problem_id", "sample_index", "finish_reason", "passed", "verdict", "response_ids")
 DIAGNOSTICS = ("kl_passed", "kl_failed", "perplexity_gap", "epistemic_mass")  # of metrics.jsonl, the paper's figure 3
 FIRST_SHARE = 0.1  # of the steps: the start of training
@@ -190,13 +191,19 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     and their teachers; and the runs behind all that."""
     trained = [run for run in runs if run.config.job != "evaluate"]
     alone = [run for run in runs if run.config.job == "evaluate"]
-    keys = _differing(trained)
-    sections = [{"settings": dict(of)} | _section(members) for of, members in _grouped(trained, keys)]
+    keys = _section_keys(trained)
+    groups = _grouped(trained, keys)
+    usual = _usual([dict(of) for of, _ in groups])
+    sections = [
+        {"settings": dict(of), "unusual": {key: value for key, value in of if usual[key] != value and key not in TITLE}} | _section(members)
+        for of, members in groups
+    ]
     keys_alone = [key for key in _differing(alone) if key != "model.path"]
     return {
         "title": ", ".join(dict.fromkeys(run.config.name for run in runs)),
         "tasks": sorted({run.config.task for run in runs}),
         "resamples": RESAMPLES,
+        "methods": _in_order(run.method for run in trained),
         "sections": sections,
         "evaluated": [{"settings": dict(of)} | _evaluated(members) for of, members in _grouped(alone, keys_alone)],
         "teachers": _teachers(trained, alone, keys),
@@ -204,13 +211,40 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _differing(runs: Sequence[Run]) -> list[str]:
-    """Keys of the result-changing settings, besides NO_SECTION, in which runs differ."""
+def _differing(runs: Sequence[Run], layout: bool = False) -> list[str]:
+    """Keys of the result-changing settings, besides NO_SECTION, in which runs differ; or of those that change no result."""
     return [
         key
         for key, field in leaves()
-        if not field.metadata["layout"] and not _under(key, NO_SECTION) and len({json.dumps(get(run.config, key)) for run in runs}) > 1
+        if field.metadata["layout"] is layout
+        and not _under(key, NO_SECTION)
+        and len({json.dumps(get(run.config, key)) for run in runs}) > 1
     ]
+
+
+def _section_keys(runs: Sequence[Run]) -> list[str]:
+    """The settings that make sections: those that change results, and layouts where runs differ in nothing else."""
+    keys = _differing(runs)
+    twins: dict[str, list[Run]] = {}
+    for number, (_, members) in enumerate(_grouped(runs, keys)):
+        for run in members:
+            twins.setdefault(f"{number} {run.seed} {run.method}", []).append(run)
+    return list(dict.fromkeys([*keys, *(key for of in twins.values() for key in _differing(of, layout=True))]))
+
+
+def _usual(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The most frequent value of each key, the first of equals."""
+    found: dict[str, Any] = {}
+    for key in settings[0] if settings else ():
+        values = [of[key] for of in settings]
+        found[key] = max(values, key=values.count)
+    return found
+
+
+def _in_order(methods: Iterable[str]) -> list[str]:
+    """Each once, in the paper's order, others after."""
+    known = dict.fromkeys(methods)
+    return [name for name in dict.fromkeys([*METHODS, *known]) if name in known]
 
 
 def _grouped(runs: Iterable[Run], keys: Sequence[str]) -> list[tuple[list[tuple[str, Any]], list[Run]]]:
@@ -248,7 +282,7 @@ def _by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
         if of and of[-1].seed == run.seed:
             raise UserError(f"{of[-1].path} and {run.path} have the same method, seed and settings: leave one out")
         of.append(run)
-    return {name: found[name] for name in [*METHODS, *found] if name in found}
+    return {name: found[name] for name in _in_order(found)}
 
 
 def _common(runs: Sequence[Run]) -> list[str]:
@@ -358,7 +392,9 @@ def _section(runs: Sequence[Run]) -> dict[str, Any]:
     """Tables of runs that differ in method and seed alone."""
     methods = _by_method(runs)
     common = _common(runs)
+    config = runs[0].config
     found: dict[str, Any] = {
+        "title": f"{config.mode.upper()}, {config.model.path}",
         "methods": {name: [run.seed for run in of] for name, of in methods.items()},
         "benchmarks": [_benchmark(name, methods) for name in common],
         "left_out": sorted({name for run in runs for name in run.benchmarks} - set(common)),

@@ -91,7 +91,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     """The tables of scores, for a note or a README: rows and columns as in the paper."""
     lines = [f"# {_cell(found['title'])}", ""]
     for section in found["sections"]:
-        lines += _heading(section)
+        lines += _heading(section["title"], section["unusual"])
         tables = section["benchmarks"]
         methods = list(tables[0]["methods"])
         for metric, title in METRICS.items():
@@ -119,7 +119,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         seeds = "; ".join(f"{_cell(name)} {', '.join(map(str, of))}" for name, of in section["methods"].items())
         lines += [f"- seeds: {seeds}", ""]
     for part in found["evaluated"]:
-        lines += _heading(part, "Evaluated alone")
+        lines += _heading("Evaluated alone", part["settings"])
         columns = [f"{_cell(line['benchmark'])}, {title}@{line['k']}" for line in part["benchmarks"] for title in METRICS.values()]
         lines += _head(columns)
         for model in part["benchmarks"][0]["models"]:
@@ -127,7 +127,7 @@ def markdown(found: Mapping[str, Any]) -> str:
             lines.append(_row(_cell(model), cells))
         lines.append("")
     for part in found["teachers"]:
-        lines += _heading(part, "OPD, OPSD and teacher")
+        lines += _heading("OPD, OPSD and teacher", part["settings"])
         columns = [f"{_cell(line['benchmark'])}, {title}@{line['k']}" for line in part["benchmarks"] for title in METRICS.values()]
         lines += _head(columns)
         for label in part["rows"]:
@@ -138,10 +138,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _heading(part: Mapping[str, Any], title: str = "") -> list[str]:
-    settings = ", ".join(f"{key}={_cell(html.setting(value))}" for key, value in part["settings"].items())
-    text = ": ".join(text for text in (title, settings) if text)
-    return [f"## {text}", ""] if text else []
+def _heading(title: str, settings: Mapping[str, Any]) -> list[str]:
+    return ["## " + ", ".join([_cell(title), *(f"{key}={_cell(html.setting(value))}" for key, value in settings.items())]), ""]
 
 
 def _head(columns: Sequence[str]) -> list[str]:

@@ -14,26 +14,30 @@ from statistics import mean
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from trd_megatron.config import Config, from_dict, get, leaves
+from trd_megatron.config import get, leaves
 from trd_megatron.errors import UserError
-from trd_megatron.evaluate import benchmarks, buckets, figures
+from trd_megatron.evaluate import buckets, figures
 from trd_megatron.evaluate.figures import Samples
 from trd_megatron.evaluate.metrics import RESAMPLES, Floats
-from trd_megatron.records import REFINED, TRAJECTORY
 from trd_megatron.report import compare_page, tables
-from trd_megatron.run_dir import Manifest, RunDir, atomic_write, read_columns, read_config, write_json
+from trd_megatron.report.compare_runs import Run
+from trd_megatron.run_dir import atomic_write, write_json
 
-METHODS = ("forward_kl", "forward_kl_clip", "reverse_kl", "reverse_kl_topk", "reverse_kl_top8", "trd")  # the paper's order; others come after
+METHODS = (
+    "forward_kl",
+    "forward_kl_clip",
+    "reverse_kl",
+    "reverse_kl_topk",
+    "reverse_kl_top8",
+    "trd",
+)  # the paper's order; others come after
 OURS, VANILLA = "trd", "forward_kl"
 METRICS = ("avg_at_k", "pass_at_k")
 # Settings in which runs of one section may differ: rows and pooled seeds, and what changes no figure of a benchmark that runs share.
 NO_SECTION = ("name", "run_dir", "job", "seed", "method", "evaluate.benchmarks", "evaluate.teacher")
 OF_THE_TEACHER = ("mode", "teacher", "engine.teacher")  # in which OPD and OPSD of one student differ
 TITLE = ("mode", "model.path")  # said of every section
-GRADED = ("problem_id", "sample_index", "finish_reason", "passed", "verdict", "response_ids")
 DIAGNOSTICS = ("kl_passed", "kl_failed", "perplexity_gap", "epistemic_mass")  # of metrics.jsonl, the paper's figure 3
 FIRST_SHARE = 0.1  # of the steps: the start of training
 
@@ -58,132 +62,11 @@ def write(runs: Sequence[Path], folder: Path) -> None:
             file.write(text)
 
 
+# Which runs belong together
+
+
 def _under(name: str, keys: Iterable[str]) -> bool:
     return any(name == key or name.startswith(f"{key}.") for key in keys)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One finished run. last: the view of its last round. stages: label -> manifest of what the figures stand on."""
-
-    path: Path
-    config: Config
-    last: RunDir
-    stages: Mapping[str, Manifest]
-
-    @staticmethod
-    def read(path: Path) -> "Run":
-        """Raises UserError if `path` is no run, or not finished."""
-        values = read_config(path)
-        try:
-            config = from_dict(values)
-        except UserError as error:
-            raise UserError(f"{path / 'config.yaml'}: {error}") from None
-        whole = RunDir(path, config.name)
-        last = whole.in_round(config.rounds - 1, config.rounds)
-        folders = {"evaluate/base": whole.in_round(0, config.rounds).eval / "base"}
-        if config.job == "distill":
-            folders["rollout"] = last.rollouts
-            if config.method.trajectory == "refined":
-                folders["refine"] = last.refined
-            folders |= {"train": last.train, "export/hf": last.hf}
-        if config.job != "evaluate":
-            folders["evaluate/student"] = last.eval / "student"
-        stages = {}
-        for label, folder in folders.items():
-            manifest = Manifest.read(folder)
-            if manifest is None or manifest.status != "done":
-                state = "missing" if manifest is None else "not finished"
-                raise UserError(f"{path}: stage {label} is {state}; give its `trd run` command again (`trd status {path}` shows its stages)")
-            stages[label] = manifest
-        run = Run(path, config, last, stages)
-        run._check_made()
-        return run
-
-    def _check_made(self) -> None:
-        """A run that was begun again with other settings has the old results until it is finished."""
-        known = dict(leaves())
-        for label, manifest in self.stages.items():
-            other = [key for key, value in manifest.settings.items() if key in known and get(self.config, key) != value]
-            other += [name for name, value in manifest.inputs.items() if name in self.stages and self.stages[name].fingerprint != value]
-            if other:
-                raise UserError(f"{self.path}: stage {label} was made with another {other[0]}: give its `trd run` command again")
-
-    @property
-    def method(self) -> str:
-        """The row of the tables that it belongs to."""
-        return self.config.method.name if self.config.job == "distill" else self.config.job
-
-    @property
-    def seed(self) -> int:
-        return self.config.seed
-
-    @property
-    def benchmarks(self) -> list[str]:
-        return [benchmarks.name(spec) for spec in self.config.evaluate.benchmarks]
-
-    def folder(self, model: str) -> Path:
-        """Of the samples of base, teacher or student; the first two were drawn in round 0."""
-        view = self.last if model == "student" else self.last.in_round(0, self.config.rounds)
-        return view.eval / model
-
-    def evaluated(self, model: str) -> bool:
-        manifest = Manifest.read(self.folder(model))
-        return manifest is not None and manifest.status == "done"
-
-    def samples(self, model: str, benchmark: str) -> Samples:
-        path = self.folder(model) / f"{benchmark}.parquet"
-        try:
-            return Samples.of(_rows([path], TRAJECTORY))
-        except ValueError as error:
-            raise UserError(f"{path}: {error}; move {path.parent} away and run again") from None
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        path = self.last.train / "metrics.jsonl"
-        try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}): move {path.parent} away and run again") from None
-
-    def trajectories(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
-        """The rows of y_o, and of y_r where it has them. Problems are named with the seed, so that runs can be put together."""
-        refined = _shards(self.last.refined, REFINED) if "refine" in self.stages else None
-        both = [_shards(self.last.rollouts, TRAJECTORY), refined]
-        first, second = (rows and [row | {"problem_id": f"{self.seed}/{row['problem_id']}"} for row in rows] for rows in both)
-        return first or [], second
-
-    def costs(self) -> dict[str, dict[str, Any]]:
-        """tables.costs over all rounds."""
-        stages: list[tuple[str, dict[str, Any] | None]] = []
-        for number in range(self.config.rounds):
-            view = self.last.in_round(number, self.config.rounds)
-            folders = {"rollout": view.rollouts, "refine": view.refined, "train": view.train, "evaluate/student": view.eval / "student"}
-            if "refine" not in self.stages:
-                del folders["refine"]
-            manifests = {name: Manifest.read(folder) for name, folder in folders.items()}
-            stages += [(name, manifest and dataclasses.asdict(manifest)) for name, manifest in manifests.items()]
-        return tables.costs(stages)
-
-
-def _rows(paths: Sequence[Path], schema: pa.Schema) -> list[dict[str, Any]]:
-    """Rows as report.tables takes them; the ids do not become Python objects."""
-    rows: list[dict[str, Any]] = []
-    for path in paths:
-        table = read_columns(path, schema, GRADED)
-        lengths = pc.list_value_length(table["response_ids"])
-        rows += table.drop_columns(["response_ids"]).append_column("response_tokens", lengths).to_pylist()
-    return rows
-
-
-def _shards(folder: Path, schema: pa.Schema) -> list[dict[str, Any]]:
-    paths = sorted(folder.glob("part-*.parquet"))
-    if not paths:
-        raise UserError(f"{folder} holds no part-*.parquet: move it away and run again")
-    return _rows(paths, schema)
-
-
-# Which runs belong together
 
 
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
@@ -376,7 +259,8 @@ class _Asked:
             other, known = next(iter(self.first.values()))
         if known.n != samples.n:
             raise UserError(
-                f"{other.path} and {run.path} ({model}): {known.n} and {samples.n} samples of each problem of {self.benchmark}; compare them apart"
+                f"{other.path} and {run.path} ({model}) have {known.n} and {samples.n} samples of each problem of {self.benchmark}: "
+                "compare them apart"
             )
         if known.problem_ids != samples.problem_ids:
             raise UserError(f"{other.path} and {run.path} ({model}) were asked other problems of {self.benchmark}: compare them apart")
@@ -544,8 +428,8 @@ def _evaluated(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _teachers(trained: Sequence[Run], alone: Sequence[Run], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The paper's table 5: TRD from another model (OPD), from itself (OPSD) and the teachers themselves, where at least two of these are there
-    under otherwise the same settings, on the benchmarks that all have."""
+    """The paper's table 5: TRD from another model (OPD), from itself (OPSD) and the teachers themselves, where at least two of these are
+    there under otherwise the same settings, on the benchmarks that all have."""
     found = []
     ours = [run for run in trained if run.method == OURS]
     for of, runs in _grouped(ours, [key for key in keys if not _under(key, OF_THE_TEACHER)]):
@@ -565,7 +449,8 @@ def _teachers(trained: Sequence[Run], alone: Sequence[Run], keys: Sequence[str])
             if all(name in run.benchmarks for row in rows.values() for run, _ in row):
                 asked = _Asked(name)
                 scores = {
-                    label: Scores({run.seed: asked.read(run, model) for run, model in reversed(row)}).figures() for label, row in rows.items()
+                    label: Scores({run.seed: asked.read(run, model) for run, model in reversed(row)}).figures()
+                    for label, row in rows.items()
                 }
                 lines.append({"benchmark": name, "k": len(scores["Base"]["pass_curve"]), "rows": scores})
         if lines:

@@ -113,9 +113,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         for table in tables:
             for metric, best in table.get("against_best", {}).items():
                 gap = f"{html.signed(best['delta'])} {html.interval(best['interval'])}".strip()
-                lines.append(
-                    f"- {_cell(table['benchmark'])}, {METRICS[metric]}@{table['k']}: trd against the best baseline ({_cell(best['method'])}) {gap}"
-                )
+                of = f"{_cell(table['benchmark'])}, {METRICS[metric]}@{table['k']}"
+                lines.append(f"- {of}: trd against the best baseline ({_cell(best['method'])}) {gap}")
         seeds = "; ".join(f"{_cell(name)} {', '.join(map(str, of))}" for name, of in section["methods"].items())
         lines += [f"- seeds: {seeds}", ""]
     for part in found["evaluated"]:

@@ -212,7 +212,7 @@ def report(
     """Write report.html and report.json of a run anew from what lies there; or compare runs.
 
     [bold]--compare[/bold]: methods are the rows of the tables and seeds are pooled; any other setting in which runs differ (mode,
-    model.path, learner.trainable, ...) makes tables of its own. Runs of experiment=evaluate, e.g. of the teacher, join as models of their own.
+    model.path, learner.trainable, ...) makes tables of its own. Runs of experiment=evaluate, e.g. of the teacher, get a table too.
 
     [bold]Examples[/bold]
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.unit.test_cli import trd
 from tests.unit.test_report import SCRIPT, make_run, row
 from trd_megatron.config import MethodConfig, TeacherConfig, to_dict
 from trd_megatron.errors import UserError
@@ -281,3 +282,12 @@ def test_what_cannot_be_compared_is_one_line(make: Make, tmp_path: Path) -> None
     refused("stage train was made with another learner.learning_rate", first)
     done(first / "train", "train", inputs={"rollout": "another"})
     refused("stage train was made with another rollout", first)
+
+
+def test_command(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    paths, out = [str(path) for path in runs], tmp_path / "out"
+    code, _, err = trd("report", "--compare", *paths, "--output", str(out), monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0 and "report: " in err
+    assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json", "report.md"]
+    code, _, err = trd("report", *paths, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2 and err.startswith("error: ") and "--compare" in err

@@ -19,7 +19,7 @@ from trd_megatron.errors import UserError
 from trd_megatron.evaluate.metrics import intervals
 from trd_megatron.records import TRAJECTORY
 from trd_megatron.report import compare
-from trd_megatron.run_dir import Manifest, RunDir, write_parquet
+from trd_megatron.run_dir import Manifest, RunDir, read_parquet, shard_path, write_parquet
 
 Make = Callable[..., Path]
 # seed -> model -> how many of two samples pass, of each of three problems
@@ -118,10 +118,15 @@ def test_buckets_count_a_problem_once_for_each_seed(runs: list[Path], tmp_path: 
 
 
 def test_training_is_pooled_as_well(runs: list[Path], tmp_path: Path) -> None:
+    shard = shard_path(tmp_path / "trd-1/rollouts", 0)
+    rollouts = read_parquet(shard, TRAJECTORY)
+    assert (rollouts[1]["problem_id"], rollouts[1]["passed"]) == ("p1", False)
+    rollouts[1]["passed"] = True
+    write_parquet(shard, rollouts, TRAJECTORY)
     section = compared(runs, tmp_path / "out")[0]["sections"][0]
     of = section["trajectories"]["trd"]
     assert (of["rollouts"]["samples"], of["refined"]["samples"]) == (14, 12)
-    assert of["joint_outcomes"] == {"fail → pass": 4, "pass → fail": 2, "pass → pass": 2, "fail → fail": 2, "not graded": 2}
+    assert of["joint_outcomes"] == {"fail → pass": 3, "pass → fail": 2, "pass → pass": 3, "fail → fail": 2, "not graded": 2}
     assert "refined" not in section["trajectories"]["forward_kl"]
     assert section["costs"]["methods"]["trd"] == {"rollout": 10.5, "refine": 6.5, "train": 8.5, "total": 25.5, "evaluate": 1.0}
     assert section["costs"]["ratio"] == {"rollout": 1.0, "train": 1.0, "total": 25.5 / 19.0, "evaluate": 1.0}
@@ -173,6 +178,8 @@ def test_held_out_problems_may_be_others_under_another_seed(make: Make, tmp_path
     assert (table["problems"], table["problems_differ"]) == (4, True)
     # base: a 1/2, b (0 + 0)/4, c (2 + 2)/4, d 2/2
     assert table["base"]["avg_at_k"] == pytest.approx(100 * (0.5 + 0 + 1 + 1) / 4)
+    # Against the base of the same seed: a 1/2, b (2/2 + 0)/2, c 0, d 0.
+    assert table["methods"]["trd"]["delta"]["avg_at_k"] == pytest.approx(100 * (0.5 + 0.5 + 0 + 0) / 4)
     write_scores(paths[1] / "eval/student", "test", [0, 2, 2], "bce")
     with pytest.raises(UserError, match=r"trd-1 .*trd-1 \(student\) were asked other problems of test"):
         compared(paths, tmp_path / "out")
@@ -233,7 +240,7 @@ def test_hostile_text_stays_text(make: Make, tmp_path: Path) -> None:
     _, page, markdown = compared(paths, tmp_path / "out")
     for text in (page, markdown):
         assert "<script" not in text.lower() and "&lt;script&gt;" in text
-    assert "\n# y" not in markdown and "\\| \\*x\\*" in markdown
+    assert markdown.splitlines()[0].endswith("\\| \\*x\\* \\# y, hand &lt;made&gt;")
     [style] = re.findall(r"<style>(.*?)</style>", page, flags=re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     assert f"default-src 'none'; style-src 'sha256-{digest}'" in page

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -298,3 +299,16 @@ def test_command(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sorted(path.name for path in out.iterdir()) == ["report.html", "report.json", "report.md"]
     code, _, err = trd("report", *paths, monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2 and err.startswith("error: ") and "--compare" in err
+
+
+def test_of_several_rounds_the_last_counts_and_all_cost(make: Make, tmp_path: Path) -> None:
+    path = make("trd", 0, rounds=2)
+    for name in ("rollouts", "refined", "train", "hf", "eval"):
+        shutil.copytree(path / name, path / "rounds/1" / name)
+        shutil.move(path / name, path / "rounds/0" / name)
+    write_scores(path / "rounds/1/eval/student", "test", [0, 0, 1])
+    write_scores(path / "rounds/1/eval/base", "test", [2, 2, 2])  # not the run's base: that is round 0's
+    [section] = compared([path], tmp_path / "out")[0]["sections"]
+    [table] = section["benchmarks"]
+    assert table["base"]["avg_at_k"] == pytest.approx(50.0) and table["methods"]["trd"]["avg_at_k"] == pytest.approx(100 / 6)
+    assert section["costs"]["methods"]["trd"] == {"rollout": 20.0, "refine": 12.0, "train": 16.0, "total": 48.0, "evaluate": 2.0}

@@ -259,31 +259,33 @@ def status(run_path: RunPath) -> None:
 
 @app.command()
 def report(
-    run_paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run directory; with --compare many.")],
+    run_paths: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run directory; with --compare, as many as you like.")],
     compare: Annotated[bool, typer.Option("--compare", help="Put runs side by side: the paper's tables, pooled over seeds.")] = False,
-    output_folder: Annotated[
+    folder: Annotated[
         Path, typer.Option("--output", metavar="FOLDER", help="--compare: where report.html, report.json and report.md go.")
     ] = Path("comparison"),
 ) -> None:
     """Write report.html and report.json of a run anew from what lies there; or compare runs.
 
-    Runs that differ in seed alone are pooled, methods are the rows of the tables, and any other setting in which runs differ makes a
-    table of its own.
+    [bold]--compare[/bold]: methods are the rows of the tables and seeds are pooled; any other setting in which runs differ (mode,
+    model.path, learner.trainable, ...) makes tables of its own. Runs of experiment=evaluate, e.g. of the teacher, get a table too.
 
     [bold]Examples[/bold]
 
       trd report runs/quickstart
 
-      trd report --compare runs/lab/* runs/lab_opd/* --output runs/everything
+      trd report --compare runs/trd runs/forward_kl
+
+      trd report --compare runs/opd/*/ runs/opsd/*/ --output runs/comparison
     """
     if compare:
         from trd_megatron.report import compare as comparison
 
-        comparison.write(run_paths, output_folder)
-        console.print(f"report: {output_folder / 'report.html'}", highlight=False)
+        comparison.write(run_paths, folder)
+        console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False)
         return
     if len(run_paths) > 1:
-        raise UserError("trd report takes one run; --compare puts several side by side")
+        raise UserError("trd report writes the report of one run; --compare puts several side by side")
     [run_path] = run_paths
     from trd_megatron.config import from_dict
     from trd_megatron.run_dir import RunDir, read_config
@@ -302,8 +304,8 @@ def grade(
 ) -> None:
     """Grade the samples of a run anew, without drawing any: rollouts, rewrites and evaluations of every round.
 
-    The scores, and the report if there is one, follow. Nothing becomes stale: training has used the labels only for its diagnostics.
-    Interrupted, the same command goes on.
+    The scores, and the report if there is one, follow. Nothing becomes stale: training has used the labels only for its diagnostics and for
+    data.filter. Interrupted, the same command goes on.
 
     [bold]Examples[/bold]
 

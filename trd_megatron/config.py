@@ -69,7 +69,7 @@ class DataConfig:
     )
     filter: str = opt(
         "all",
-        "Which trajectories are trained on. fail: of wrong y_o. succ: of right y_o. fail_to_succ: of wrong y_o with a right y_r.",
+        "Trajectories trained on, by verdict. fail, succ: y_o failed, passed. fail_to_succ: y_o failed and its y_r passed.",
         choices=("all", "fail", "succ", "fail_to_succ"),
     )
     prompt_format: str = opt("chat", "chat: the model's chat template. plain: prompt + newline.", choices=("chat", "plain"))

@@ -97,7 +97,10 @@ def _check_data(config: Config) -> None:
     if source in MADE and config.data.train_problems is None:
         raise UserError(f"data.source={source} makes as many problems as you ask for: set data.train_problems")
     if config.job == "distill" and config.data.filter == "fail_to_succ" and config.method.trajectory != "refined":
-        raise UserError(f"data.filter=fail_to_succ needs rewrites, and method={config.method.name} trains on y_o: choose fail or succ")
+        raise UserError(
+            f"data.filter=fail_to_succ asks whether y_r passes, but method={config.method.name} trains on y_o alone, which is never "
+            "refined: set data.filter=fail, or method=trd"
+        )
     if config.data.test_problems < 0:
         raise UserError("data.test_problems must be 0 or above")
 

@@ -13,7 +13,7 @@ import pytest
 from trd_megatron import cli
 from trd_megatron.lab_models import lab_tokenizer
 from trd_megatron.lab_text import WAIT, WORDS
-from trd_megatron.verify.lab import verify_lab
+from trd_megatron.verify.lab import first_error, verify_lab
 
 SETTINGS = (
     "experiment=lab", "model.path=builtin:lab-student", "data.world=lab_mini", "data.train_problems=20",
@@ -65,17 +65,28 @@ def test_trd_and_forward_kl_on_the_labs_problems(trd: Trd, tmp_path: Path) -> No
     metrics = [json.loads(line) for line in (run / "train/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in metrics] == [1, 2]
     assert 0 < metrics[0]["kl"] < 10
+    report = json.loads((run / "report.json").read_text())
+    assert report["by_reference"]["worked"]["problems"] == 20
+    responses = {row["problem_id"]: row["response"] for row in rows(run / "rollouts")}
+    for sample in report["samples"]:
+        problem = problems[sample["problem_id"]]
+        found = first_error(problem["problem"], problem["reference_solution"], responses[sample["problem_id"]])
+        assert sample["first_wrong_step"] == (found and found[0] + 1)
+    assert '<mark class="wrong">' in (run / "report.html").read_text()
     assert "train" in trd("status", str(run))
     assert "56 samples graded, 0 verdicts changed" in trd("grade", str(run))
 
-    assert "done" in trd("run", *SETTINGS, f"run_dir={run}", "method=forward_kl", "--until", "train")  # same rollouts, vanilla teacher
+    # Same rollouts, vanilla teacher, and of them those that failed.
+    assert "done" in trd("run", *SETTINGS, f"run_dir={run}", "method=forward_kl", "data.filter=fail", "--until", "train")
     samples = pq.read_table(run / "train/samples.parquet").to_pylist()
-    assert len(samples) == 20
+    failed = [row for row in rows(run / "rollouts") if row["passed"] is False]
+    assert manifest(run / "train")["counts"]["left_out_filtered"] == 20 - len(failed)
+    assert len(samples) == len(failed) > 4
     for row in samples:
         problem = problems[row["problem_id"]]
         assert decode(row["teacher_prompt_ids"]) == f"P {problem['problem']} R {problem['reference_solution']} A"
         assert decode(row["student_prompt_ids"]) == f"P {problem['problem']} A"
-    assert [row["response_ids"] for row in samples] == [row["response_ids"] for row in rows(run / "rollouts")]
+    assert [row["response_ids"] for row in samples] == [row["response_ids"] for row in failed]
 
 
 def test_runs_of_a_sweep_share_what_they_have_in_common_and_come_out_as_single_runs_do(trd: Trd, tmp_path: Path) -> None:
@@ -101,7 +112,7 @@ def test_runs_of_a_sweep_share_what_they_have_in_common_and_come_out_as_single_r
     assert responses[0] == responses[1]
 
     again = trd("run", "-m", *settings, f"run_dir={tmp_path / 'sweep'}")
-    assert again.count("done before, skipped") == len(re.findall(r"^  \S+: done", again, re.M)) - 2  # reports are written anew
+    assert again.count("done before, skipped") == len(re.findall(r"^  \S+: done", again, re.M)) == 20
     changed = trd("run", "-m", *SETTINGS, "method=trd,forward_kl", "rollout.temperature=0.5", f"run_dir={tmp_path / 'sweep'}")
     assert changed.count("  rollout: done in") == 1
     assert {path.name.split("-")[0] for path in (runs[1] / "stale").iterdir()} >= {"rollout", "train"}

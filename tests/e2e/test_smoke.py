@@ -180,12 +180,28 @@ def test_the_layout_is_no_reason_to_run_again(copy: Path) -> None:
     assert finished(copy) == before
 
 
-def test_a_baseline_needs_no_refinement(copy: Path) -> None:
+def test_a_baseline_needs_no_refinement_and_is_compared(whole: Path, copy: Path, tmp_path: Path) -> None:
     before = finished(copy)
     result = trd(copy, *SMALL_SHARDS, "method=reverse_kl_topk", "learner.tensor_model_parallel_size=2")
     assert "refine" not in result.stderr
     after = finished(copy)
     assert {folder for folder in FOLDERS if after[folder] != before[folder]} == {"train", "adapter", "hf", "eval/student", "report"}
+
+    arguments = ["report", "--compare", whole, copy, "--output", tmp_path / "both"]
+    subprocess.run([sys.executable, "-m", "trd_megatron.cli", *map(str, arguments)], check=True, timeout=240)
+    [section] = json.loads((tmp_path / "both/report.json").read_text())["sections"]
+    assert section["methods"] == {"reverse_kl_topk": [0], "trd": [0]}
+    [table] = section["benchmarks"]
+    for name, run_dir in (("trd", whole), ("reverse_kl_topk", copy)):
+        summary = json.loads((run_dir / "eval/summary.json").read_text())
+        for key in ("avg_at_k", "pass_at_k", "pass_at_k_interval"):
+            assert table["methods"][name][key] == summary["student"]["test"][key]
+            assert table["methods"][name]["delta"][key] == summary["comparison"]["test"]["delta"][key]
+            assert table["base"][key] == summary["base"]["test"][key]
+        costs = json.loads((run_dir / "report.json").read_text())["costs"]
+        assert section["costs"]["methods"][name]["total"] == costs["total"]["seconds"]
+    assert set(section["trajectories"]["trd"]) > {"rollouts", "refined"}
+    assert (tmp_path / "both/report.html").exists() and "| trd |" in (tmp_path / "both/report.md").read_text()
 
 
 def test_opd_with_another_teacher(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def refused(*overrides: str) -> str:
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_experiment_composes(experiment: str) -> None:
-    config = load({"evaluate": EVALUATE}.get(experiment, [f"experiment={experiment}"]))
+    own = {"evaluate": EVALUATE, "sft": ["experiment=sft", "model.path=x", "data.path=x.jsonl"]}
+    config = load(own.get(experiment, [f"experiment={experiment}"]))
     assert config.name == experiment
     assert config.run_dir == f"runs/{experiment}"
     assert from_dict(to_dict(config)) == config

@@ -9,14 +9,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
 from trd_megatron.config import Config, DataConfig, EvaluateConfig, MethodConfig, ModelConfig
 from trd_megatron.errors import UserError
 from trd_megatron.records import PROBLEM, REFINED, TRAJECTORY
-from trd_megatron.report import curves, html, plots, reading, tables
+from trd_megatron.report import html, plots, tables
 from trd_megatron.run_dir import IN_ROUND, Manifest, RunDir, shard_path, write_json, write_parquet
 from trd_megatron.stages import report
 
@@ -73,16 +72,15 @@ def make_run(path: Path, *, method: MethodConfig | None = None, graded: bool = T
 
     def manifest(folder: Path, stage: str, counts: dict[str, Any], seconds: float) -> None:
         versions = {"torch": "2.0" if stage == "prepare" else "2.1", "pyarrow": "9"}
-        made = Manifest(stage, "done", "f" * 64, {}, {}, counts, versions, seconds, "2025-01-01T00:00:00Z", "2025-01-01T00:01:00Z")
+        made = Manifest(stage, "done", "f" * 64, {}, {}, counts, versions, seconds, 0.0, "2025-01-01T00:00:00Z", "2025-01-01T00:01:00Z")
         made.write(folder)
 
     problems = [
         dict.fromkeys(PROBLEM.names)
         | {"problem_id": name, "task": "math", "problem": f"{SCRIPT} {name}", "answer": CLOSING, "source": "s", "split": "train"}
+        | {"reference_solution": {"p0": "worked", "p1": "worked", "p2": ""}.get(name)}
         for name in PAIRS
     ]
-    for problem in problems[:2]:
-        problem["reference_solution"] = f"worked {SCRIPT}"
     write_parquet(shard_path(run_dir.problems, 0), problems, PROBLEM)
     manifest(run_dir.problems, "prepare", {"train_problems": 6}, 0.5)
 
@@ -104,6 +102,8 @@ def make_run(path: Path, *, method: MethodConfig | None = None, graded: bool = T
     summary = {"kl_fixed_batch_before": 0.5, "kl_fixed_batch_after": 0.375, "steps": steps, "tokens": 90, "seconds": 8.0}
     summary |= {"best_step": steps, "training_samples": 5, "held_out_samples": 1}
     lines = [{"step": n, "loss": 1.0 / n, "kl": 1.0 / n, "grad_norm": 0.25 * n, "lr": 1e-4 / n} for n in range(1, steps + 1)]
+    for line in lines:
+        line |= {"kl_passed": None if line["step"] == 2 else 0.1, "kl_failed": 0.2, "perplexity_gap": -0.5, "epistemic_mass": 0.02}
     lines[-1]["held_out_kl"] = 0.375
     run_dir.train.mkdir()
     (run_dir.train / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -199,7 +199,6 @@ def test_figures(tmp_path: Path) -> None:
         "aborted_rate": 0.0,
         "unparsable_rate": 0.0,
         "error_rate": pytest.approx(100 / 7),
-        "repetition_rate": 0.0,
         "finish_reasons": {"length": 2, "stop": 5},
         "verdicts": {"error": 1, "fail": 3, "pass": 3},
     }
@@ -210,19 +209,6 @@ def test_figures(tmp_path: Path) -> None:
     assert both["not_refined"] == 1
     assert both["rollout_pass_rate_of_the_refined"] == 40.0
     assert both["joint_outcomes"] == {"fail → pass": 2, "pass → fail": 1, "pass → pass": 1, "fail → fail": 1, "not graded": 1}
-    assert both["mean_tokens_by_outcome"] == {
-        "fail → pass": [40, 7], "pass → fail": [40, 64], "pass → pass": [10, 12], "fail → fail": [30, 16], "not graded": [50, 2],
-    }  # fmt: skip
-    parts = both["by_reference"]
-    assert [(parts[name]["rollouts"]["samples"], parts[name]["refined"]["samples"]) for name in ("worked", "answer_only")] == [
-        (2, 2),
-        (5, 4),
-    ]
-    assert parts["worked"]["joint_outcomes"]["fail → pass"] == 1
-    costs = figures["costs"]
-    assert costs["total_seconds"] == 26.0
-    assert costs["rollout"] == {"seconds": 14.0, "response_tokens": 280, "tokens_per_second": 20.0, "percent": pytest.approx(1400 / 26)}
-    assert {name for name in costs if name != "total_seconds"} == {"rollout", "refine", "train"}
     assert counts["samples_shown"] == 6
 
     stages = {line["stage"]: line for line in figures["stages"]}
@@ -232,8 +218,74 @@ def test_figures(tmp_path: Path) -> None:
     assert (stages["evaluate/base"]["samples_per_second"], stages["evaluate/base"]["response_tokens"]) == (2.0, 22)
     assert stages["refine"]["skipped"] == {"skipped over budget": 1}
     assert stages["train"]["skipped"] == {"left out aborted": 2}
+    costs = figures["costs"]
+    assert list(costs) == ["rollout", "refine", "train", "total", "evaluate"]
+    assert [costs[name]["seconds"] for name in costs] == [14, 3, 9, 26, 4]
+    assert costs["refine"]["share"] == pytest.approx(100 * 3 / 26)
+    assert (costs["total"]["share"], "share" in costs["evaluate"]) == (100, False)
+    assert (costs["total"]["response_tokens"], costs["train"]["tokens_per_second"]) == (280 + 108 + 90, 10)
+    assert costs["total"]["server_start_seconds"] == 0
     assert figures["versions"]["torch"] == {"2.0": ["prepare"], "2.1": list(stages)[1:]}
     assert figures["settings"]["learner.lora.rank"] == 64
+
+
+def test_lengths_by_outcome_and_by_reference(tmp_path: Path) -> None:
+    figures, page, _ = written(*make_run(tmp_path / "run"))
+    both = figures["trajectories"]
+    assert {name: of["samples"] for name, of in both["lengths"]["rollouts"].items()} == {"passed": 3, "failed": 3}
+    assert both["lengths"]["rollouts"]["failed"]["mean"] == pytest.approx(110 / 3)
+    assert both["lengths"]["refined"]["passed"]["max"] == 12
+    repaired = both["joint_lengths"]["fail → pass"]  # p1 and p5
+    assert (repaired["rollouts"]["mean"], repaired["refined"]["mean"]) == (40, 7)
+    assert both["joint_lengths"]["pass → fail"]["refined"]["p50"] == 64
+
+    worked, rest = figures["by_reference"]["worked"], figures["by_reference"]["answer_only"]
+    assert (worked["problems"], rest["problems"]) == (2, 4)  # an empty reference solution is none
+    assert (worked["rollouts"]["samples"], rest["rollouts"]["samples"]) == (2, 5)
+    assert (worked["rollouts"]["pass_rate"], worked["refined"]["pass_rate"]) == (50, 100)
+    assert worked["joint_outcomes"]["fail → pass"] == rest["joint_outcomes"]["fail → pass"] == 1
+    assert "Worked reference" in page and "nothing to split by" not in page
+
+
+def test_repetition_is_measured_of_both(tmp_path: Path) -> None:
+    config, run_dir = make_run(tmp_path / "run")
+    rows = [row(name, 0, True, 12, "again", initial_response="", initial_passed=True) for name in PAIRS]
+    rows[0]["response_ids"] = [5, 6, 7, 8] * 3
+    write_parquet(shard_path(run_dir.refined, 0), rows, REFINED)
+    figures, page, _ = written(config, run_dir)
+    assert figures["repetition"]["rollouts"] == {"responses": 7, "repeated_4grams": 0, "loops": 0, "loop_rate": 0}
+    assert figures["repetition"]["refined"] == {
+        "responses": 6, "repeated_4grams": pytest.approx(100 * 5 / 9 / 6), "loops": 1, "loop_rate": pytest.approx(100 / 6)
+    }  # fmt: skip
+    assert "seq-rep-4" in page
+
+
+def test_what_is_behind_the_figures(tmp_path: Path) -> None:
+    figures, _, _ = written(*make_run(tmp_path / "run"))
+    assert figures["made"]["rollouts"]["sampling"]["seed"] == figures["made"]["training"]["seed"] == 0
+    assert figures["made"]["refined"]["sampling"]["max_prompt_tokens"] == 22528
+    assert figures["made"]["training"]["data.filter"] == "all"
+    assert figures["curves"]["step"] == [1, 2, 3]
+    assert figures["curves"]["kl_passed"] == [0.1, None, 0.1]
+    assert figures["curves"]["epistemic_mass"] == [0.02] * 3
+
+
+def test_samples_side_by_side_mark_where_they_part(tmp_path: Path) -> None:
+    config, run_dir = make_run(tmp_path / "run")
+    texts = {"p0": ("Right so far.\nNow <b>5</b>.\nEnd", "Right  so far.\nNow <i>6</i>.\nEnd"), "p1": ("same words", "same\nwords")}
+    for folder, schema, side in ((run_dir.rollouts, TRAJECTORY, 0), (run_dir.refined, REFINED, 1)):
+        for path in folder.glob("part-*"):
+            path.unlink()
+        rows = [row(name, 0, True, 9, both[side], initial_response="", initial_passed=True) for name, both in texts.items()]
+        write_parquet(shard_path(folder, 0), [{name: one[name] for name in schema.names if name in one} for one in rows], schema)
+    figures, page, _ = written(config, run_dir)
+    assert [(one["problem_id"], one["first_different_word"], one["first_wrong_step"]) for one in figures["samples"]] == [
+        ("p0", 5, None), ("p1", None, None)
+    ]  # fmt: skip
+    assert '<mark class="first">&lt;b&gt;5&lt;/b&gt;.</mark>' in page
+    assert '<mark class="second">&lt;i&gt;6&lt;/i&gt;.</mark>' in page
+    assert page.count("<mark ") == 2
+    assert texts["p0"][0] in Page(page).pre
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
@@ -242,6 +294,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     names = {tag for tag, _ in parsed.tags}
     assert not names & {"script", "img", "iframe", "link", "object", "embed", "base", "form"}
     assert not any(name.startswith("on") for _, attributes in parsed.tags for name in attributes)
+    assert any(name == "mark" for name in names)  # around hostile text as well
     shown = parsed.pre
     assert f"{SCRIPT} p0" in shown
     assert SCRIPT in shown
@@ -289,7 +342,7 @@ def test_baseline_has_no_refined(tmp_path: Path) -> None:
     # What an earlier run of trd left in the same folder is not this run's.
     write_parquet(shard_path(run_dir.refined, 0), [row("gone", 0, True, 1, "", initial_response="")], REFINED)
     figures, page, _ = written(config, run_dir)
-    assert set(figures["trajectories"]) == {"rollouts", "by_reference"}
+    assert set(figures["trajectories"]) == {"rollouts", "lengths"}
     assert "refine" not in [line["stage"] for line in figures["stages"]]
     assert "<i>y</i><sub>r</sub>" not in page
     assert "y_r, refined" not in page
@@ -341,7 +394,7 @@ def test_missing_column_is_named(tmp_path: Path) -> None:
 
 
 def test_benchmark_needs_the_same_samples() -> None:
-    one, other = ([{**row(name, 0, True, 1, ""), "response_tokens": 1, "repetition": None}] for name in ("a", "b"))
+    one, other = ([{**row(name, 0, True, 1, ""), "response_tokens": 1}] for name in ("a", "b"))
     with pytest.raises(ValueError, match="same samples"):
         tables.benchmark("test", one, other)
     with pytest.raises(ValueError, match="at least one"):
@@ -361,6 +414,37 @@ def test_samples_are_taken_in_turn_and_from_different_problems() -> None:
 
 def test_kl_change_without_a_start() -> None:
     assert tables.kl_change({"kl_fixed_batch_before": 0.0, "kl_fixed_batch_after": 0.1})["change_percent"] is None
+
+
+def test_costs_add_up_the_rounds_and_say_where_they_know_nothing() -> None:
+    made = {"status": "done", "started": "", "finished": "", "counts": {"samples": 2, "response_tokens": 30}}
+    rollout, train = (made | {"seconds": seconds, "server_start_seconds": start} for seconds, start in ((4.0, 5.0), (1.0, 0.0)))
+    train["counts"] = {"tokens": 60}
+    stages = [("prepare", None), ("rollout", rollout), ("train", train), ("rollout", rollout), ("train", train)]
+    costs = tables.costs(stages)
+    assert list(costs) == ["rollout", "train", "total"]
+    assert costs["rollout"] == {
+        "seconds": 8, "server_start_seconds": 10, "response_tokens": 60, "tokens_per_second": 7.5, "share": 80
+    }  # fmt: skip
+    assert costs["total"] == {
+        "seconds": 10, "server_start_seconds": 10, "response_tokens": 180, "tokens_per_second": 18, "share": 100
+    }  # fmt: skip
+    lacking = tables.costs([*stages[:-1], ("train", None)])
+    assert set(lacking["total"].values()) == {None}
+    assert lacking["rollout"]["seconds"] == 8
+
+
+def test_the_band_of_pass_at_k_is_left_out_only_where_there_is_no_interval() -> None:
+    of = {"k": 3, "pass_curve": [40.0, 60.0, 100.0], "pass_curve_intervals": [[30.0, 50.0], [50.0, 70.0], None]}
+    none = of | {"pass_curve_intervals": [None] * 3}
+    assert plots.pass_curve({"base": of}).count("opacity: 0.15") > plots.pass_curve({"base": none}).count("opacity: 0.15")
+
+
+def test_a_filter_is_named(tmp_path: Path) -> None:
+    config, run_dir = make_run(tmp_path / "run")
+    assert "data.filter=fail" not in written(config, run_dir)[1]
+    config.data.filter = "fail"
+    assert "data.filter=fail" in written(config, run_dir)[1]
 
 
 def test_number_formats() -> None:
@@ -409,55 +493,3 @@ def test_rounds_are_compared_and_the_last_is_shown(tmp_path: Path) -> None:
     Page(page)
     assert "<h2>Rounds</h2>" in page
     assert "in the last of 2 rounds" in page
-
-
-@pytest.mark.parametrize(
-    ("ids", "expected"),
-    [
-        ([1, 2, 3], None),
-        ([1, 2, 3, 4], 0.0),
-        ([7] * 8, 0.8),  # five 4-grams, one of them different
-        ([1, 2, 3, 4, 1, 2, 3, 4], 0.2),
-        ([*range(1, 70_001), 1, 2, 3, 4], 1 / 70_001),  # more different ids than 16 bits hold
-    ],
-)
-def test_repetition(ids: list[int], expected: float | None) -> None:
-    found = reading.repetition(np.array(ids, dtype=np.int32))
-    assert found == (None if expected is None else pytest.approx(expected))
-
-
-def test_where_two_texts_part() -> None:
-    assert tables.diverging("a b  c", "a b d") == 5
-    assert tables.diverging("a b", "a b c") is None
-    assert tables.diverging("a b c", "a b") == 4
-    assert tables.diverging("x", "y") == 0
-    assert tables.marked("a b  c d", 5) == ["a b  ", "c", " d"]
-    assert tables.marked("a", None) == ["a", "", ""]
-
-
-def test_the_first_word_that_diverges_is_marked(tmp_path: Path) -> None:
-    config, run_dir = make_run(tmp_path / "run")
-    page = written(config, run_dir)[1]
-    first, second = re.findall(r"<mark>(.*?)</mark>", page, re.S)[:2]
-    assert "<" not in first + second
-    assert page.count("<mark>") >= 2
-
-
-def test_the_figures_of_training_are_curves(tmp_path: Path) -> None:
-    config, run_dir = make_run(tmp_path / "run")
-    lines = [
-        {"step": n, "kl_passed": 0.1, "kl_failed": None if n == 2 else 0.2, "perplexity_gap": -0.1, "epistemic_mass": 0.01 * n}
-        for n in (1, 2)
-    ]
-    assert curves.seed_mean([lines, [{**lines[0], "kl_passed": 0.3, "kl_failed": 0.4}, lines[1]]]) == [
-        {"step": 1, "kl_passed": 0.2, "kl_failed": pytest.approx(0.3), "perplexity_gap": -0.1, "epistemic_mass": 0.01},
-        {"step": 2, "kl_passed": 0.1, "kl_failed": None, "perplexity_gap": -0.1, "epistemic_mass": 0.02},
-    ]
-    assert curves.start(lines) == {"kl_passed": 0.1, "kl_failed": 0.2, "perplexity_gap": -0.1, "epistemic_mass": 0.01}
-    assert curves.start(lines[1:])["kl_failed"] is None
-    drawn = curves.diagnostics({"a<b": lines, "trd": lines})
-    assert set(drawn) == {"kl_by_outcome", "perplexity_gap", "epistemic_mass"}
-    for svg in drawn.values():
-        assert "a&lt;b" in svg and "a<b" not in svg
-        assert "var(--first)" in svg and "var(--second)" in svg
-    assert "per mille" in written(config, run_dir)[1]

@@ -1,10 +1,12 @@
 """Many runs side by side: the paper's tables with deltas and intervals, figure 3, and what each method cost.
 
 Runs are pooled over their seeds; methods are the rows, and any other setting in which runs differ makes sections of its own. Rates are in
-percent, differences in points, times in seconds.
+percent, differences in points, lengths in tokens, times in seconds.
 """
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,333 +15,450 @@ from typing import Any
 
 import numpy as np
 
-from trd_megatron.config import Config, from_dict, get, leaves
+from trd_megatron.config import get, leaves
 from trd_megatron.errors import UserError
-from trd_megatron.evaluate import benchmarks, figures
+from trd_megatron.evaluate import buckets, figures
 from trd_megatron.evaluate.figures import Samples
 from trd_megatron.evaluate.metrics import RESAMPLES, Floats
-from trd_megatron.learner.log import read_metrics
-from trd_megatron.report import curves, html, plots, reading, tables
-from trd_megatron.run_dir import Manifest, RunDir, atomic_write, read_config, write_json
+from trd_megatron.report import compare_page, tables
+from trd_megatron.report.compare_runs import Run
+from trd_megatron.run_dir import atomic_write, write_json
 
-METHODS = ("forward_kl", "forward_kl_clip", "reverse_kl", "reverse_kl_topk", "reverse_kl_top8", "trd")  # the paper's order
-VANILLA, OURS = "forward_kl", "trd"
+METHODS = (
+    "forward_kl",
+    "forward_kl_clip",
+    "reverse_kl",
+    "reverse_kl_topk",
+    "reverse_kl_top8",
+    "trd",
+)  # the paper's order; others come after
+OURS, VANILLA = "trd", "forward_kl"
 METRICS = ("avg_at_k", "pass_at_k")
-FILES = ("report.html", "report.json", "report.md")
+# Settings in which runs of one section may differ: rows and pooled seeds, and what changes no figure of a benchmark that runs share.
+NO_SECTION = ("name", "run_dir", "job", "seed", "method", "evaluate.benchmarks", "evaluate.teacher")
+OF_THE_TEACHER = ("mode", "teacher", "engine.teacher")  # in which OPD and OPSD of one student differ
+TITLE = ("mode", "model.path")  # said of every section
+DIAGNOSTICS = ("kl_passed", "kl_failed", "perplexity_gap", "epistemic_mass")  # of metrics.jsonl, the paper's figure 3
+FIRST_SHARE = 0.1  # of the steps: the start of training
 
 
-@dataclass(frozen=True)
-class Run:
-    """One finished run, in the view of its last round."""
+def write(runs: Sequence[Path], folder: Path) -> None:
+    """Writes report.html, report.json and report.md about these run directories into `folder`.
 
-    path: Path
-    config: Config
-    view: RunDir
-
-    @staticmethod
-    def read(path: Path) -> "Run":
-        """Raises UserError if `path` is no run, or not finished."""
-        config = from_dict(read_config(path))
-        whole = RunDir(path, config.name)
-        run = Run(path, config, whole.in_round(config.rounds - 1, config.rounds))
-        for model, manifest in run.evaluations.items():
-            if manifest is None or manifest.status != "done":
-                raise UserError(f"{path} has not been evaluated yet ({model}): finish it first, `trd run` with its settings")
-        return run
-
-    @property
-    def trains(self) -> bool:
-        return self.config.job != "evaluate"
-
-    @property
-    def distils(self) -> bool:
-        return self.config.job == "distill"
-
-    @property
-    def method(self) -> str:
-        """The row that it belongs to."""
-        return self.config.method.name if self.distils else self.config.job
-
-    @cached_property
-    def first(self) -> RunDir:
-        """The view of round 0, where base and teacher were evaluated."""
-        return RunDir(self.path, self.config.name).in_round(0, self.config.rounds)
-
-    def folder(self, model: str) -> Path:
-        return (self.view if model == "student" else self.first).eval / model
-
-    @cached_property
-    def evaluations(self) -> dict[str, Manifest | None]:
-        """Model (base, teacher, student) -> the manifest of its evaluation."""
-        wanted = ["base", *(["teacher"] if self.config.evaluate.teacher else []), *(["student"] if self.trains else [])]
-        return {model: Manifest.read(self.folder(model)) for model in wanted}
-
-    def samples(self, model: str, benchmark: str) -> Samples:
-        return Samples.of(reading.graded([self.folder(model) / f"{benchmark}.parquet"]))
-
-    @property
-    def benchmarks(self) -> list[str]:
-        return [benchmarks.name(spec) for spec in self.config.evaluate.benchmarks]
-
-    def manifests(self) -> dict[str, Manifest]:
-        """Stage -> manifest, of the stages that cost something, over all rounds."""
-        found = {}
-        for number in range(self.config.rounds):
-            view = self.first.in_round(number, self.config.rounds)
-            for stage, folder in zip(tables.COSTS, (view.rollouts, view.refined, view.train), strict=True):
-                manifest = Manifest.read(folder)
-                if manifest is not None and (stage != "refine" or self.config.method.trajectory == "refined"):
-                    found[f"{number}/{stage}"] = manifest
-        return found
-
-
-def write(paths: Sequence[Path], folder: Path) -> None:
-    """Writes report.html, report.json and report.md into `folder`.
-
-    Raises UserError if a path is no finished run, a file is damaged, or runs of one section were evaluated on other problems.
+    Raises UserError if there is no run, one is not finished or was made with other settings than its config.yaml says, a file is damaged,
+    two runs are the same, or runs that belong together share no benchmark or were asked other problems.
     """
-    if not paths:
-        raise UserError("name at least one run to compare: trd report --compare RUN...")
-    runs = [Run.read(path) for path in paths]
-    found = compare(runs)
-    drawn = _plots(found["sections"])
-    public = {**found, "sections": [{key: value for key, value in one.items() if key != "curves"} for one in found["sections"]]}
-    page = html.render(found, drawn, "compare.html.j2")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "report.json", public)
-    for name, text in (("report.md", markdown(found)), ("report.html", page)):
+    if not runs:
+        raise UserError("no run to compare: trd report --compare RUN...")
+    if (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is a run, whose own report would be lost: choose another --output FOLDER")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --output FOLDER")
+    found = compare([Run.read(path) for path in {path.resolve(): path for path in runs}.values()])
+    texts = {"report.md": compare_page.markdown(found), "report.html": compare_page.page(found)}
+    write_json(folder / "report.json", found)
+    for name, text in texts.items():
         with atomic_write(folder / name) as file:
             file.write(text)
 
 
+# Which runs belong together
+
+
+def _under(name: str, keys: Iterable[str]) -> bool:
+    return any(name == key or name.startswith(f"{key}.") for key in keys)
+
+
 def compare(runs: Sequence[Run]) -> dict[str, Any]:
-    """All figures: title, sections, and the runs behind them."""
-    keys = _differing([run for run in runs if run.trains])
-    grouped: dict[tuple[str, ...], list[Run]] = {}
-    for run in runs:
-        of = tuple(html.setting(get(run.config, key)) for key in keys) if run.trains else ("evaluate", str(run.config.model.path))
-        grouped.setdefault(of, []).append(run)
-    sections = []
-    for values, members in grouped.items():
-        trains = members[0].trains
-        settings = dict(zip(keys, values, strict=True)) if trains else {"model.path": values[1]}
-        sections.append({"settings": settings} | _section(members))
+    """Everything that report.json holds: sections of runs that differ in method and seed alone; models that were evaluated alone; OPD, OPSD
+    and their teachers; and the runs behind all that."""
+    trained = [run for run in runs if run.config.job != "evaluate"]
+    alone = [run for run in runs if run.config.job == "evaluate"]
+    keys = _section_keys(trained)
+    groups = _grouped(trained, keys)
+    usual = _usual([dict(of) for of, _ in groups])
+    sections = [
+        {"settings": dict(of), "unusual": {key: value for key, value in of if usual[key] != value and key not in TITLE}} | _section(members)
+        for of, members in groups
+    ]
+    keys_alone = [key for key in _differing(alone) if key != "model.path"]
     return {
         "title": ", ".join(dict.fromkeys(run.config.name for run in runs)),
+        "tasks": sorted({run.config.task for run in runs}),
         "resamples": RESAMPLES,
+        "methods": _in_order(run.method for run in trained),
         "sections": sections,
-        "runs": [_described(run, keys) for run in runs],
+        "evaluated": [{"settings": dict(of)} | _evaluated(members) for of, members in _grouped(alone, keys_alone)],
+        "teachers": _teachers(trained, alone, keys),
+        "runs": [_described(run, dict.fromkeys(["model.path", *(keys_alone if run in alone else keys)])) for run in runs],
     }
 
 
-def _differing(runs: Sequence[Run]) -> list[str]:
-    """Keys of the result-changing settings, besides method and seed, in which runs differ."""
-    found = []
-    for key, field in leaves():
-        if field.metadata["layout"] or key in ("name", "seed") or key.startswith("method."):
-            continue
-        if len({html.setting(get(run.config, key)) for run in runs}) > 1:
-            found.append(key)
+def _differing(runs: Sequence[Run], layout: bool = False) -> list[str]:
+    """Keys of the result-changing settings, besides NO_SECTION, in which runs differ; or of those that change no result."""
+    return [
+        key
+        for key, field in leaves()
+        if field.metadata["layout"] is layout
+        and not _under(key, NO_SECTION)
+        and len({json.dumps(get(run.config, key)) for run in runs}) > 1
+    ]
+
+
+def _section_keys(runs: Sequence[Run]) -> list[str]:
+    """The settings that make sections: those that change results, and layouts where runs differ in nothing else."""
+    keys = _differing(runs)
+    twins: dict[str, list[Run]] = {}
+    for number, (_, members) in enumerate(_grouped(runs, keys)):
+        for run in members:
+            twins.setdefault(f"{number} {run.seed} {run.method}", []).append(run)
+    return list(dict.fromkeys([*keys, *(key for of in twins.values() for key in _differing(of, layout=True))]))
+
+
+def _usual(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The most frequent value of each key, the first of equals."""
+    found: dict[str, Any] = {}
+    for key in settings[0] if settings else ():
+        values = [of[key] for of in settings]
+        found[key] = max(values, key=values.count)
     return found
 
 
-def _described(run: Run, keys: Sequence[str]) -> dict[str, Any]:
-    manifests = {model: manifest for model, manifest in run.evaluations.items() if manifest is not None}
-    manifests |= {stage.split("/")[1]: manifest for stage, manifest in run.manifests().items()}
+def _in_order(methods: Iterable[str]) -> list[str]:
+    """Each once, in the paper's order, others after."""
+    known = dict.fromkeys(methods)
+    return [name for name in dict.fromkeys([*METHODS, *known]) if name in known]
+
+
+def _grouped(runs: Iterable[Run], keys: Sequence[str]) -> list[tuple[list[tuple[str, Any]], list[Run]]]:
+    """((key, value) of each key, the runs that have them), in the order of the runs."""
+    found: dict[str, tuple[list[tuple[str, Any]], list[Run]]] = {}
+    for run in runs:
+        of = [(key, get(run.config, key)) for key in keys]
+        found.setdefault(json.dumps(of), (of, []))[1].append(run)
+    return list(found.values())
+
+
+def _described(run: Run, keys: Iterable[str]) -> dict[str, Any]:
+    versions: dict[str, list[str]] = {}
+    for manifest in run.stages.values():
+        for library, version in manifest.versions.items():
+            known = versions.setdefault(library, [])
+            known += [version] if version not in known else []
     return {
         "run": str(run.path),
-        "task": run.config.task,
+        "name": run.config.name,
         "method": run.method,
-        "seed": run.config.seed,
+        "seed": run.seed,
         "settings": {key: get(run.config, key) for key in keys},
-        "fingerprints": {stage: manifest.fingerprint[:16] for stage, manifest in manifests.items()},
-        "versions": {library: version for manifest in manifests.values() for library, version in manifest.versions.items()},
+        "fingerprints": {label: manifest.fingerprint for label, manifest in run.stages.items()},
+        "finished": max(manifest.finished for manifest in run.stages.values()),
+        "versions": versions,
     }
+
+
+def _by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """method -> its runs by seed, in the paper's order. Raises UserError if two runs have the same method and seed."""
+    found: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.seed):
+        of = found.setdefault(run.method, [])
+        if of and of[-1].seed == run.seed:
+            raise UserError(f"{of[-1].path} and {run.path} have the same method, seed and settings: leave one out")
+        of.append(run)
+    return {name: found[name] for name in _in_order(found)}
+
+
+def _common(runs: Sequence[Run]) -> list[str]:
+    """The benchmarks that all runs have. Raises UserError if there is none."""
+    common = runs[0].benchmarks
+    for run in runs[1:]:
+        left = [name for name in common if name in run.benchmarks]
+        if not left:
+            raise UserError(
+                f"{run.path} was evaluated on {', '.join(run.benchmarks) or 'nothing'} and {runs[0].path} on "
+                f"{', '.join(runs[0].benchmarks) or 'nothing'}: runs of one table need a benchmark in common (evaluate.benchmarks)"
+            )
+        common = left
+    if not common:
+        raise UserError(f"{runs[0].path} was evaluated on no benchmark (evaluate.benchmarks): there is nothing to compare")
+    return common
+
+
+# Scores
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one row of a table is made of: the samples of a model under each seed."""
+
+    by_seed: Mapping[int, Samples]
+
+    @cached_property
+    def problem_ids(self) -> list[str]:
+        return sorted({problem for samples in self.by_seed.values() for problem in samples.problem_ids})
+
+    @cached_property
+    def values(self) -> Floats:
+        """[problem, 1 + k]: Samples.scores, of each problem the mean over the seeds that asked it."""
+        return _seed_mean(self.problem_ids, [(samples.problem_ids, samples.scores) for samples in self.by_seed.values()])
+
+    def figures(self) -> dict[str, Any]:
+        """Means with intervals, each seed's own, and lengths of all samples together."""
+        tokens = {
+            "correct": [samples.tokens[samples.passed] for samples in self.by_seed.values()],
+            "incorrect": [samples.tokens[~samples.passed] for samples in self.by_seed.values()],
+        }
+        seeds = [
+            {"seed": seed} | dict(zip(METRICS, (100 * samples.scores[:, [0, -1]].mean(axis=0)).tolist(), strict=True))
+            for seed, samples in self.by_seed.items()
+        ]
+        return figures.named(self.values) | {
+            "seeds": seeds,
+            "lengths": {name: figures.lengths(np.concatenate(parts)) for name, parts in tokens.items()},
+        }
+
+
+def _seed_mean(ids: Sequence[str], parts: Iterable[tuple[Sequence[str], Floats]]) -> Floats:
+    """[problem, column] in the order of ids: of each problem the mean over the parts ([its problem, column]) that have it."""
+    place = {problem: index for index, problem in enumerate(ids)}
+    sums, counts = None, np.zeros((len(ids), 1))
+    for problem_ids, scores in parts:
+        rows = [place[problem] for problem in problem_ids]
+        sums = np.zeros((len(ids), scores.shape[1])) if sums is None else sums
+        sums[rows] += scores
+        counts[rows] += 1
+    assert sums is not None
+    return sums / counts
+
+
+def _delta(base: Scores, student: Scores) -> dict[str, Any]:
+    """student - base under each seed, problem by problem; then as in Scores."""
+    parts = [(of.problem_ids, of.scores - base.by_seed[seed].scores) for seed, of in student.by_seed.items()]
+    return figures.named(_seed_mean(student.problem_ids, parts))
+
+
+def _against(baseline: Scores, ours: Scores) -> dict[str, Any]:
+    """ours - baseline over the problems that both were asked, each the mean over its seeds."""
+    common = sorted(set(baseline.problem_ids) & set(ours.problem_ids))
+    values = [of.values[np.isin(of.problem_ids, common)] for of in (ours, baseline)]
+    return figures.named(values[0] - values[1]) if common else {}
+
+
+class _Asked:
+    """Checks that samples of one benchmark belong into one table: k is the same, and so are the problems. The run's own held-out problems
+    (test) may be others under another seed, which draws them."""
+
+    def __init__(self, benchmark: str) -> None:
+        self.benchmark = benchmark
+        self.first: dict[int, tuple[Run, Samples]] = {}  # by seed
+
+    def read(self, run: Run, model: str) -> Samples:
+        samples = run.samples(model, self.benchmark)
+        ((other, known),) = [self.first.setdefault(run.seed, (run, samples))]
+        if self.benchmark != "test" or known.n != samples.n:
+            other, known = next(iter(self.first.values()))
+        if known.n != samples.n:
+            raise UserError(
+                f"{other.path} and {run.path} ({model}) have {known.n} and {samples.n} samples of each problem of {self.benchmark}: "
+                "compare them apart"
+            )
+        if known.problem_ids != samples.problem_ids:
+            raise UserError(f"{other.path} and {run.path} ({model}) were asked other problems of {self.benchmark}: compare them apart")
+        return samples
+
+    @property
+    def differs(self) -> bool:
+        """Whether seeds have other problems."""
+        return len({tuple(samples.problem_ids) for _, samples in self.first.values()}) > 1
 
 
 def _section(runs: Sequence[Run]) -> dict[str, Any]:
     """Tables of runs that differ in method and seed alone."""
-    methods: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: run.config.seed):
-        of = methods.setdefault(run.method, [])
-        if of and of[-1].config.seed == run.config.seed:
-            raise UserError(f"{of[-1].path} and {run.path} have the same method, seed and settings: leave one out")
-        of.append(run)
-    order = [name for name in METHODS if name in methods] + [name for name in methods if name not in METHODS]
-    methods = {name: methods[name] for name in order}
-    if not runs[0].trains:
-        methods = {"base": list(runs)}
-    common = [name for name in runs[0].benchmarks if all(name in run.benchmarks for run in runs)]
-    section: dict[str, Any] = {
-        "methods": {name: [run.config.seed for run in of] for name, of in methods.items()},
-        "benchmarks": [_benchmark(name, runs, methods) for name in common],
+    methods = _by_method(runs)
+    common = _common(runs)
+    config = runs[0].config
+    found: dict[str, Any] = {
+        "title": f"{config.mode.upper()}, {config.model.path}",
+        "methods": {name: [run.seed for run in of] for name, of in methods.items()},
+        "benchmarks": [_benchmark(name, methods) for name in common],
+        "left_out": sorted({name for run in runs for name in run.benchmarks} - set(common)),
     }
-    distilled = {name: of for name, of in methods.items() if of[0].distils}
+    if len(common) > 1:
+        found["mean"] = _mean(found["benchmarks"])
+    distilled = {name: of for name, of in methods.items() if of[0].config.job == "distill"}
     if distilled:
-        section["trajectories"] = {name: _trajectories(of) for name, of in distilled.items()}
-        section["costs"] = _costs(distilled)
-        section["curves"] = {name: curves.seed_mean([read_metrics(run.view.train / "metrics.jsonl") for run in of])
-                             for name, of in distilled.items()}  # fmt: skip
-        section["diagnostics"] = {name: curves.start(lines) for name, lines in section["curves"].items()}
-    return section
+        found["trajectories"] = {name: _trajectories(of) for name, of in distilled.items()}
+        found["costs"] = _costs(distilled)
+        found["curves"] = {name: _curves([run.metrics() for run in of]) for name, of in distilled.items()}
+        found["diagnostics"] = {name: _start(lines) for name, lines in found["curves"].items()}
+    return found
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """What one row of a table is made of. scores: [problem, 1 + k], the mean over seeds."""
-
-    per_seed: list[Samples]
-
-    @cached_property
-    def scores(self) -> Floats:
-        return np.mean([samples.scores for samples in self.per_seed], axis=0)
-
-    def figures(self) -> dict[str, Any]:
-        correct = np.concatenate([samples.tokens[samples.passed] for samples in self.per_seed])
-        incorrect = np.concatenate([samples.tokens[~samples.passed] for samples in self.per_seed])
-        return figures.named(self.scores) | {
-            "seeds": [dict(zip(METRICS, (100 * one.scores[:, [0, -1]].mean(axis=0)).tolist(), strict=True)) for one in self.per_seed],
-            "lengths": {"correct": figures.lengths(correct), "incorrect": figures.lengths(incorrect)},
-        }
-
-
-def _benchmark(name: str, runs: Sequence[Run], methods: dict[str, list[Run]]) -> dict[str, Any]:
-    """One benchmark's table: base, teacher and every method, with their differences."""
-    read: dict[tuple[Path, str], Samples] = {}
-    shape: tuple[list[str], int] | None = None
-    for run in runs:
-        for model in run.evaluations:
-            samples = read[run.path, model] = run.samples(model, name)
-            shape = shape or (samples.problem_ids, samples.n)
-            if (samples.problem_ids, samples.n) != shape:
-                raise UserError(f"{run.path} and {runs[0].path} were evaluated on other problems or samples of {name}: compare them apart")
-    assert shape is not None
-
-    def scores(of: Iterable[Run], model: str) -> _Scores:
-        return _Scores([read[run.path, model] for run in of])
-
-    seeds = {run.config.seed: run for run in runs}  # the base of a seed is the same in each of its runs
-    base = scores(seeds.values(), "base")
-    table: dict[str, Any] = {"benchmark": name, "problems": len(shape[0]), "k": shape[1], "base": base.figures(), "methods": {}}
-    taught = [run for run in seeds.values() if "teacher" in run.evaluations]
-    if taught:
-        table["teacher"] = scores(taught, "teacher").figures()
-    students = {method: scores(of, "student") for method, of in methods.items() if of[0].trains}
+def _benchmark(name: str, methods: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+    """One benchmark's table: base, teacher where it was evaluated, and every method, with their differences."""
+    asked = _Asked(name)
+    bases = {method: Scores({run.seed: asked.read(run, "base") for run in of}) for method, of in methods.items()}
+    students = {method: Scores({run.seed: asked.read(run, "student") for run in of}) for method, of in methods.items()}
+    taught = {run.seed: run for of in methods.values() for run in of if run.evaluated("teacher")}
+    base = Scores({seed: samples for of in reversed(bases.values()) for seed, samples in of.by_seed.items()})
+    ours = next(iter(base.by_seed.values()))
+    table: dict[str, Any] = {
+        "benchmark": name,
+        "problems": len(base.problem_ids),
+        "k": ours.n,
+        "problems_differ": asked.differs,
+        "base": base.figures(),
+        "methods": {},
+    }
     for method, student in students.items():
-        of_base = scores(methods[method], "base")
         table["methods"][method] = student.figures() | {
-            "delta": figures.named(student.scores - of_base.scores),
-            "buckets": _buckets(of_base, student),
+            "delta": _delta(bases[method], student),
+            "buckets": _buckets(bases[method], student),
         }
+    if taught:
+        table["teacher"] = Scores({seed: asked.read(run, "teacher") for seed, run in taught.items()}).figures()
     others = [method for method in students if method != OURS]
     if OURS in students and others:
         table["against_best"] = {}
         for metric in METRICS:
             best = max(others, key=lambda method: table["methods"][method][metric])
-            gap = figures.named(students[OURS].scores - students[best].scores)
-            table["against_best"][metric] = {"method": best, "delta": gap[metric], "interval": gap[f"{metric}_interval"]}
+            gap = _against(students[best], students[OURS])
+            if gap:
+                table["against_best"][metric] = {"method": best, "delta": gap[metric], "interval": gap[f"{metric}_interval"]}
     for metric in METRICS:
-        of = {method: table["methods"][method][metric] for method in students} | {"base": table["base"][metric]}
-        table[f"best_{metric}"] = [method for method, value in of.items() if value == max(of.values())]
+        table[f"best_{metric}"] = best_of({"base": table["base"][metric]} | {row: of[metric] for row, of in table["methods"].items()})
     return table
 
 
-def _buckets(base: _Scores, student: _Scores) -> list[dict[str, Any]]:
-    """Avg@k by how many of the base's samples pass, over the problems of all seeds."""
-    lines: list[dict[str, Any]] = []
-    pairs = [figures.comparison(ours, theirs)["buckets"] for ours, theirs in zip(base.per_seed, student.per_seed, strict=True)]
-    for of_seeds in zip(*pairs, strict=True):
-        problems = sum(line["problems"] for line in of_seeds)
-        line = {"base_passes": of_seeds[0]["base_passes"], "problems": problems}
-        if problems:
-            for model in ("base", "student"):
-                weighted = [one["problems"] * one[model]["avg_at_k"] for one in of_seeds if one["problems"]]
-                line[model] = sum(weighted) / problems
+def best_of(values: Mapping[str, float]) -> list[str]:
+    """The rows that are best as they are shown, with one decimal."""
+    best = max(round(value, 1) for value in values.values())
+    return [row for row, value in values.items() if round(value, 1) == best]
+
+
+def _mean(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The unweighted means over benchmarks."""
+    found: dict[str, Any] = {"base": {metric: mean(line["base"][metric] for line in lines) for metric in METRICS}, "methods": {}}
+    for method in lines[0]["methods"]:
+        of = [line["methods"][method] for line in lines]
+        found["methods"][method] = {metric: mean(line[metric] for line in of) for metric in METRICS}
+        found["methods"][method]["delta"] = {metric: mean(line["delta"][metric] for line in of) for metric in METRICS}
+    for metric in METRICS:
+        values = {"base": found["base"][metric]} | {method: of[metric] for method, of in found["methods"].items()}
+        found[f"best_{metric}"] = best_of(values)
+    return found
+
+
+def _buckets(base: Scores, student: Scores) -> list[dict[str, Any]]:
+    """Both by how many of the base's samples pass; a problem counts once for each seed."""
+    lines = []
+    n = next(iter(student.by_seed.values())).n
+    for low, high in buckets.bounds(n):
+        parts: dict[str, list[Floats]] = {"base": [], "student": []}
+        for seed, of in student.by_seed.items():
+            counts = base.by_seed[seed].passed.sum(axis=1)
+            chosen = (counts >= low) & (counts <= high)
+            parts["base"].append(base.by_seed[seed].scores[chosen])
+            parts["student"].append(of.scores[chosen])
+        values = {model: np.concatenate(of)[:, [0, -1]] for model, of in parts.items()}
+        line: dict[str, Any] = {"base_passes": buckets.name(low, high), "problems": len(values["base"])}
+        if line["problems"]:
+            line |= {model: dict(zip(METRICS, (100 * of.mean(axis=0)).tolist(), strict=True)) for model, of in values.items()}
         lines.append(line)
     return lines
 
 
+# Training
+
+
 def _trajectories(runs: Sequence[Run]) -> dict[str, Any]:
-    """y_o and y_r over all seeds: pass rates, lengths and joint outcomes of all samples together."""
-    found = []
-    for run in runs:
-        refined = reading.graded(reading.shards(run.view.refined)) if run.config.method.trajectory == "refined" else None
-        found.append(tables.trajectories(reading.graded(reading.shards(run.view.rollouts)), refined))
-    merged: dict[str, Any] = {}
-    for name in ("rollouts", "refined"):
-        parts = [one[name] for one in found if name in one]
-        if parts:
-            samples, graded, passed = (sum(part[key] for part in parts) for key in ("samples", "graded", "passed"))
-            tokens = sum(part["samples"] * part["mean_tokens"] for part in parts) / samples
-            merged[name] = {"samples": samples, "pass_rate": tables.percent(passed, graded), "mean_tokens": tokens}
-    if "refined" in merged:
-        merged["joint_outcomes"] = {name: sum(one["joint_outcomes"][name] for one in found) for name in tables.OUTCOMES}
-    return merged
+    """tables.trajectories of all seeds together."""
+    pairs = [run.trajectories() for run in runs]
+    refined = [row for _, rows in pairs for row in rows or ()]
+    return tables.trajectories([row for rows, _ in pairs for row in rows], refined if pairs[0][1] is not None else None)
 
 
-def _costs(methods: dict[str, list[Run]]) -> dict[str, Any]:
-    """Seconds per stage, the mean over seeds, and TRD's over vanilla forward KL's (the paper's tables 11 and 12)."""
-    found: dict[str, Any] = {}
+def _costs(methods: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+    """Seconds of each part, the mean over seeds, and TRD's over those of forward KL (the paper's tables 11 and 12)."""
+    found: dict[str, dict[str, float]] = {}
     for method, runs in methods.items():
-        parts = [{stage: _seconds(run, stage) for stage in tables.COSTS} for run in runs]
-        stages = {stage: mean(part[stage] for part in parts) for stage in tables.COSTS if any(part[stage] for part in parts)}
-        found[method] = stages | {"total": sum(stages.values())}
+        parts = [run.costs() for run in runs]
+        seconds = {name: [part[name]["seconds"] for part in parts] for name in parts[0]}
+        found[method] = {name: mean(of) for name, of in seconds.items() if None not in of}
     costs: dict[str, Any] = {"methods": found}
-    if OURS in found and VANILLA in found and found[VANILLA]["total"]:
-        costs["ratio"] = found[OURS]["total"] / found[VANILLA]["total"]
+    if OURS in found and VANILLA in found:
+        pairs = {name: (found[OURS][name], of) for name, of in found[VANILLA].items() if name in found[OURS]}
+        costs["ratio"] = {name: ours / theirs for name, (ours, theirs) in pairs.items() if theirs}
     return costs
 
 
-def _seconds(run: Run, stage: str) -> float:
-    return sum(manifest.seconds for name, manifest in run.manifests().items() if name.endswith(f"/{stage}"))
+def _curves(runs: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """A line for each step that all runs have: each diagnostic's mean over those that have a value there, None if none has."""
+    found: list[dict[str, Any]] = []
+    for lines in zip(*runs, strict=False):
+        values = {name: [line[name] for line in lines if line.get(name) is not None] for name in DIAGNOSTICS}
+        found.append({"step": lines[0]["step"]} | {name: mean(of) if of else None for name, of in values.items()})
+    return found
 
 
-def _plots(sections: Sequence[dict[str, Any]]) -> dict[str, str]:
-    drawn = {}
-    for number, section in enumerate(sections):
-        for table in section["benchmarks"]:
-            lines = _ours_first(table["methods"]) | {"base": table["base"]}
-            drawn[f"{number}/pass_curve/{table['benchmark']}"] = plots.pass_curve(lines)
-        if "curves" in section:
-            drawn |= {f"{number}/{name}": svg for name, svg in curves.diagnostics(_ours_first(section["curves"])).items()}
-    return drawn
+def _start(lines: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Each diagnostic's mean over the first tenth of the steps, before much is learned."""
+    first = lines[: max(round(FIRST_SHARE * len(lines)), 1)]
+    values = {name: [line[name] for line in first if line[name] is not None] for name in DIAGNOSTICS}
+    return {name: mean(of) if of else None for name, of in values.items()}
 
 
-def _ours_first(methods: dict[str, Any]) -> dict[str, Any]:
-    """So that it has the plain line."""
-    return {name: methods[name] for name in sorted(methods, key=lambda name: name != OURS)}
+# Models that are no student
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """The main tables, for a note or a README."""
-    lines = [f"# {_cell(found['title'])}", ""]
-    for section in found["sections"]:
-        if section["settings"]:
-            lines += [", ".join(f"{key}={_cell(str(value))}" for key, value in section["settings"].items()), ""]
-        for table in section["benchmarks"]:
-            k = table["k"]
-            lines += [f"{_cell(table['benchmark'])}, {table['problems']} problems", ""]
-            lines += [f"| | Avg@{k} | Δ | Pass@{k} | Δ | seeds |", "|---|---|---|---|---|---|"]
-            lines.append(_line("Base", table, "base", table["base"], None))
-            for method, of in table["methods"].items():
-                lines.append(_line(_cell(method), table, method, of, of["delta"]))
-            if "teacher" in table:
-                lines.append(_line("Teacher", table, "", table["teacher"], None))
-            lines.append("")
-    return "\n".join(lines)
+def _evaluated(runs: Sequence[Run]) -> dict[str, Any]:
+    """Benchmarks of models that were evaluated alone, pooled over seeds."""
+    models: dict[str, list[Run]] = {}
+    for run in runs:
+        models.setdefault(str(run.config.model.path), []).append(run)
+    ordered = {path: _by_method(of)["evaluate"] for path, of in models.items()}
+    lines = []
+    for name in _common(runs):
+        asked = _Asked(name)
+        scores = {path: Scores({run.seed: asked.read(run, "base") for run in of}) for path, of in ordered.items()}
+        first = next(iter(scores.values()))
+        line = {"benchmark": name, "problems": len(first.problem_ids), "k": next(iter(first.by_seed.values())).n}
+        lines.append(line | {"models": {path: of.figures() for path, of in scores.items()}})
+    return {"benchmarks": lines}
 
 
-def _line(label: str, table: dict[str, Any], name: str, of: dict[str, Any], delta: dict[str, Any] | None) -> str:
-    cells = []
-    for metric in METRICS:
-        text = html.number(of[metric], 1)
-        cells.append(f"**{text}**" if name in table[f"best_{metric}"] else text)
-        cells.append("" if delta is None else f"{html.signed(delta[metric])} {html.interval(delta[f'{metric}_interval'])}".strip())
-    return f"| {label} | {' | '.join(cells)} | {len(of['seeds'])} |"
+def _teachers(trained: Sequence[Run], alone: Sequence[Run], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The paper's table 5: TRD from another model (OPD), from itself (OPSD) and the teachers themselves, where at least two of these are
+    there under otherwise the same settings, on the benchmarks that all have."""
+    found = []
+    ours = [run for run in trained if run.method == OURS]
+    for of, runs in _grouped(ours, [key for key in keys if not _under(key, OF_THE_TEACHER)]):
+        rows: dict[str, list[tuple[Run, str]]] = {}
+        for path in dict.fromkeys(run.config.teacher.path for run in runs if run.config.teacher.path is not None):
+            scored = [(run, "teacher") for run in runs if run.config.teacher.path == path and run.evaluated("teacher")]
+            rows[f"Teacher {path}"] = scored or [(run, "base") for run in alone if _evaluates(run, path, runs[0])]
+        rows["Base"] = [(run, "base") for run in runs]
+        for differs, members in _grouped(runs, [key for key in keys if _under(key, OF_THE_TEACHER)]):
+            more = ", ".join(f"{key}={value}" for key, value in differs if value and key != "mode")
+            rows[f"{members[0].config.mode.upper()} {more}".strip()] = [(run, "student") for run in members]
+        rows = {label: row for label, row in rows.items() if row}
+        if len(rows) < 3:
+            continue
+        lines = []
+        for name in runs[0].benchmarks:
+            if all(name in run.benchmarks for row in rows.values() for run, _ in row):
+                asked = _Asked(name)
+                scores = {
+                    label: Scores({run.seed: asked.read(run, model) for run, model in reversed(row)}).figures()
+                    for label, row in rows.items()
+                }
+                lines.append({"benchmark": name, "k": len(scores["Base"]["pass_curve"]), "rows": scores})
+        if lines:
+            found.append({"settings": dict(of), "rows": list(rows), "benchmarks": lines})
+    return found
 
 
-def _cell(text: str) -> str:
-    """Text that cannot break a Markdown table, nor become HTML in it."""
-    for char in "\\`*_[]|":
-        text = text.replace(char, f"\\{char}")
-    return html.visible(text).replace("\n", " ").replace("&", "&amp;").replace("<", "&lt;")
+def _evaluates(run: Run, path: str, like: Run) -> bool:
+    """Whether this run evaluated the model at `path` as the other run evaluates."""
+    same = dataclasses.replace(run.config.evaluate, benchmarks=[]) == dataclasses.replace(like.config.evaluate, benchmarks=[])
+    return run.config.model.path == path and same

@@ -31,8 +31,12 @@ def cut(text: str) -> str:
     """The head and the tail of a very long text, with a note in between."""
     if len(text) <= HEAD + TAIL:
         return text
-    left_out = f"[… {len(text) - HEAD - TAIL:,} characters left out …]"
-    return f"{text[:HEAD]}\n\n{left_out}\n\n{text[-TAIL:]}"
+    return f"{text[:HEAD]}\n\n{left_out(len(text) - HEAD - TAIL)}\n\n{text[-TAIL:]}"
+
+
+def left_out(characters: int) -> str:
+    """The note in the place of what is not shown."""
+    return f"[… {characters:,} characters left out …]"
 
 
 def number(value: float | None, digits: int = 0) -> str:

@@ -4,6 +4,7 @@ The same figures always give the same bytes: a fixed hash salt, no date, and non
 """
 
 import io
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,13 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# Stand-ins, see COLOURS.
-INK, GRID, FIRST, SECOND, THIRD, FOURTH, FIFTH = "#010203", "#020304", "#030405", "#040506", "#050607", "#060708", "#070809"
-COLOURS = {
-    INK: "var(--ink)", GRID: "var(--rule)", FIRST: "var(--first)", SECOND: "var(--second)", THIRD: "var(--third)",
-    FOURTH: "var(--fourth)", FIFTH: "var(--fifth)",
-}  # fmt: skip
-LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))  # so that print without colours tells series apart
+INK, GRID = "#010203", "#020304"  # stand-ins, see COLOURS
+FIRST, SECOND, THIRD, FOURTH, FIFTH = "#030405", "#040506", "#050607", "#060708", "#070809"
+COLOURS = {INK: "var(--ink)", GRID: "var(--rule)", FIRST: "var(--first)", SECOND: "var(--second)", THIRD: "var(--third)"}
+COLOURS |= {FOURTH: "var(--fourth)", FIFTH: "var(--fifth)"}
 SETTINGS = {
     "svg.fonttype": "none",  # text stays text, in the page's own font
     "font.size": 10,
@@ -57,7 +55,7 @@ def _style(salt: str) -> Iterator[None]:
         yield
 
 
-def to_svg(name: str, draw: Callable[[Figure], None], height: float = HEIGHT) -> str:
+def as_svg(name: str, draw: Callable[[Figure], None], height: float = HEIGHT) -> str:
     """The figure as an <svg> element for an HTML page: no prolog, no metadata, no ids but those it refers to."""
     buffer = io.StringIO()
     with _style(name):
@@ -83,19 +81,12 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], colour: str, **mor
     axes.plot(x, y, color=colour, marker="o" if len(x) <= MARKED else None, **more)
 
 
-def looks(count: int) -> list[dict[str, Any]]:
-    """Colour and line style of each of `count` series; from the seventh on they come again."""
-    colours = (FIRST, SECOND, THIRD, FOURTH, FIFTH, INK)
-    return [{"color": colours[index % len(colours)], "linestyle": LINES[index % len(LINES)]} for index in range(count)]
-
-
 def step_axis(axes: Axes) -> None:
-    """The x axis counts optimizer steps."""
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def legend(axes: Axes) -> None:
+def _legend(axes: Axes) -> None:
     """Above the plot, where it hides nothing."""
     axes.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2, borderaxespad=0)
 
@@ -111,10 +102,10 @@ def kl(metrics: Sequence[Mapping[str, Any]]) -> str:
         if values != losses:
             _line(axes, steps, losses, SECOND, label="loss (clipped)", linestyle="--")
         axes.set_ylabel("nats per token")
-        legend(axes)
+        _legend(axes)
         step_axis(axes)
 
-    return to_svg("KL and loss per step", draw)
+    return as_svg("KL and loss per step", draw)
 
 
 def loss(metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -127,7 +118,7 @@ def loss(metrics: Sequence[Mapping[str, Any]]) -> str:
         axes.set_ylim(bottom=0)
         step_axis(axes)
 
-    return to_svg("Loss per step", draw)
+    return as_svg("Loss per step", draw)
 
 
 def held_out(before: float, metrics: Sequence[Mapping[str, Any]], name: str = "held_out_kl") -> str:
@@ -144,7 +135,7 @@ def held_out(before: float, metrics: Sequence[Mapping[str, Any]], name: str = "h
         axes.set_ylim(bottom=0)
         step_axis(axes)
 
-    return to_svg("The fixed held-out batch", draw)
+    return as_svg("The fixed held-out batch", draw)
 
 
 def gradient_norm(metrics: Sequence[Mapping[str, Any]], clip_grad: float) -> str:
@@ -162,7 +153,7 @@ def gradient_norm(metrics: Sequence[Mapping[str, Any]], clip_grad: float) -> str
         axes.set_ylim(bottom=0)
         step_axis(axes)
 
-    return to_svg("Gradient norm", draw)
+    return as_svg("Gradient norm", draw)
 
 
 def learning_rate(metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -176,7 +167,7 @@ def learning_rate(metrics: Sequence[Mapping[str, Any]]) -> str:
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
         step_axis(axes)
 
-    return to_svg("Learning rate", draw)
+    return as_svg("Learning rate", draw)
 
 
 def lengths(initial: Sequence[int], refined: Sequence[int] | None) -> str:
@@ -195,28 +186,27 @@ def lengths(initial: Sequence[int], refined: Sequence[int] | None) -> str:
         axes.set_ylabel("samples")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        legend(axes)
+        _legend(axes)
 
-    return to_svg("Response lengths", draw)
+    return as_svg("Response lengths", draw)
 
 
 def pass_curve(models: Mapping[str, Mapping[str, Any]]) -> str:
-    """Pass@k over k with its intervals. models: what each is called -> its figures (evaluate.figures.of_model, or `named`)."""
+    """Pass@k over k with its intervals. models: what each is called -> its figures (evaluate.figures.of_model)."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for (name, of), look in zip(models.items(), looks(len(models)), strict=True):
-            ks = list(range(1, len(of["pass_curve"]) + 1))
-            axes.plot(ks, of["pass_curve"], label=name, marker="o" if len(models) <= 2 else None, **look)
-            if all(of["pass_curve_intervals"]):
-                low, high = zip(*of["pass_curve_intervals"], strict=True)
-                axes.fill_between(ks, low, high, color=look["color"], alpha=0.12, linewidth=0)
+        for (name, of), (colour, linestyle) in zip(models.items(), ((FIRST, "-"), (SECOND, "--")), strict=False):
+            ks = list(range(1, of["k"] + 1))
+            _line(axes, ks, of["pass_curve"], colour, label=name, linestyle=linestyle)
+            low, high = zip(*(bounds or (math.nan, math.nan) for bounds in of["pass_curve_intervals"]), strict=True)
+            axes.fill_between(ks, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set_xlabel("k")
         axes.set_ylabel("Pass@k, %")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        legend(axes)
+        _legend(axes)
 
-    return to_svg("Pass@k", draw)
+    return as_svg("Pass@k", draw)
 
 
 def success_lengths(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -233,11 +223,11 @@ def success_lengths(models: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             axes.hist(right, bins=bins, range=span, histtype="step", color=FIRST, linewidth=1.6, label="correct")
             axes.set_ylabel(f"samples, {name}")
             axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-            legend(axes)
+            _legend(axes)
         axes.set_xlabel("response tokens")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
-    return to_svg("Lengths of correct and incorrect samples", draw, HEIGHT * (1 if len(models) == 1 else 1.6))
+    return as_svg("Lengths of correct and incorrect samples", draw, HEIGHT * (1 if len(models) == 1 else 1.6))
 
 
 def joint_outcomes(counts: Mapping[str, int]) -> str:
@@ -257,4 +247,4 @@ def joint_outcomes(counts: Mapping[str, int]) -> str:
         axes.set_xticks([])
         axes.margins(x=0.28)
 
-    return to_svg("Joint outcomes of y_o and y_r", draw, HEIGHT * 0.8)
+    return as_svg("Joint outcomes of y_o and y_r", draw, HEIGHT * 0.8)

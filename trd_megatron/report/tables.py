@@ -1,23 +1,23 @@
 """The figures of the report, computed from rows, metrics and manifests. Pure functions; report.json holds what they return.
 
-A row is a trajectory without its texts: problem_id, sample_index, finish_reason, passed (None: not graded), verdict,
-response_tokens and repetition (reading.repetition). Rates are in percent, differences in percentage points, lengths in tokens.
+A row is a trajectory without its texts: problem_id, sample_index, finish_reason, passed (None: not graded), verdict and
+response_tokens. Rates are in percent, differences in percentage points, lengths in tokens.
 """
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import mean, median
 from typing import Any
 
-from trd_megatron.evaluate import figures
-from trd_megatron.report.reading import Row
+import numpy as np
 
+from trd_megatron.evaluate import figures
+
+Row = Mapping[str, Any]
 Key = tuple[str, int]
 
 NOT_GRADED = "not graded"
 OUTCOMES = ("fail → pass", "pass → fail", "pass → pass", "fail → fail", NOT_GRADED)  # of y_o → y_r
-COSTS = ("rollout", "refine", "train")
 TOKENS = {"rollout": "response_tokens", "refine": "response_tokens", "train": "tokens"}  # stage -> its count of response tokens
 
 
@@ -35,7 +35,6 @@ def describe(rows: Sequence[Row]) -> dict[str, Any]:
     tokens = [row["response_tokens"] for row in rows]
     graded = sum(row["passed"] is not None for row in rows)
     passed = sum(row["passed"] is True for row in rows)
-    repeated = [row["repetition"] for row in rows if row["repetition"] is not None]
     return {
         "samples": len(rows),
         "graded": graded,
@@ -48,7 +47,6 @@ def describe(rows: Sequence[Row]) -> dict[str, Any]:
         "aborted_rate": percent(sum(row["finish_reason"] == "abort" for row in rows), len(rows)),
         "unparsable_rate": percent(sum(row["verdict"] == "no_answer" for row in rows), len(rows)),
         "error_rate": percent(sum(row["verdict"] == "error" for row in rows), len(rows)),
-        "repetition_rate": 100 * mean(repeated) if repeated else None,
         "finish_reasons": _counted(row["finish_reason"] for row in rows),
         "verdicts": _counted(row["verdict"] or NOT_GRADED for row in rows),
     }
@@ -100,22 +98,10 @@ def outcome(before: bool | None, after: bool | None) -> str:
     return f"{'pass' if before else 'fail'} → {'pass' if after else 'fail'}"
 
 
-def trajectories(rollouts: Sequence[Row], refined: Sequence[Row] | None, worked: Set[str] = frozenset()) -> dict[str, Any]:
-    """y_o and y_r, and how each pair came out. refined None: the method trains on y_o. worked: the problems with a worked reference
-    solution, by which all is told apart (paper, section B.1). Raises KeyError on a y_r without y_o."""
-    found = _pairs(rollouts, refined)
-    parts = {}
-    for name, has in (("worked", True), ("answer_only", False)):
-        of = [row for row in rollouts if (row["problem_id"] in worked) is has]
-        if of:
-            parts[name] = _pairs(of, None if refined is None else [row for row in refined if (row["problem_id"] in worked) is has])
-    if len(parts) == 2:
-        found["by_reference"] = parts
-    return found
-
-
-def _pairs(rollouts: Sequence[Row], refined: Sequence[Row] | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"rollouts": describe(rollouts)}
+def trajectories(rollouts: Sequence[Row], refined: Sequence[Row] | None) -> dict[str, Any]:
+    """y_o and y_r, how each pair came out, and lengths by outcome: of each by its own verdict, and of the pairs by how they came out.
+    refined None: the method trains on y_o. Raises KeyError on a y_r without y_o."""
+    found: dict[str, Any] = {"rollouts": describe(rollouts), "lengths": {"rollouts": _lengths_by_verdict(rollouts)}}
     if refined is not None:
         by_key = {key(row): row for row in rollouts}
         pairs = [(by_key[key(row)], row) for row in refined]
@@ -124,12 +110,33 @@ def _pairs(rollouts: Sequence[Row], refined: Sequence[Row] | None) -> dict[str, 
         found["not_refined"] = len(rollouts) - len(refined)
         found["rollout_pass_rate_of_the_refined"] = describe([before for before, _ in pairs])["pass_rate"]
         found["joint_outcomes"] = {name: joint[name] for name in OUTCOMES}
-        lengths: dict[str, list[tuple[int, int]]] = {}
-        for before, after in pairs:
-            lengths.setdefault(outcome(before["passed"], after["passed"]), []).append((before["response_tokens"], after["response_tokens"]))
-        found["mean_tokens_by_outcome"] = {
-            name: [mean(of) for of in zip(*lengths[name], strict=True)] for name in OUTCOMES if name in lengths
-        }  # outcome -> [y_o, y_r]
+        found["lengths"]["refined"] = _lengths_by_verdict(refined)
+        found["joint_lengths"] = {}
+        for name in OUTCOMES:
+            alike = [pair for pair in pairs if outcome(pair[0]["passed"], pair[1]["passed"]) == name]
+            found["joint_lengths"][name] = {
+                "rollouts": _lengths(before for before, _ in alike),
+                "refined": _lengths(after for _, after in alike),
+            }
+    return found
+
+
+def _lengths(rows: Iterable[Row]) -> dict[str, Any]:
+    return figures.lengths(np.array([row["response_tokens"] for row in rows], dtype=np.int64))
+
+
+def _lengths_by_verdict(rows: Sequence[Row]) -> dict[str, Any]:
+    return {name: _lengths(row for row in rows if row["passed"] is passed) for name, passed in (("passed", True), ("failed", False))}
+
+
+def by_reference(rollouts: Sequence[Row], refined: Sequence[Row] | None, worked: Collection[str]) -> dict[str, dict[str, Any]]:
+    """`trajectories` of the problems with a worked reference solution (their ids) and of the others, which have an answer at most; and how
+    many problems those are. As in the paper's section B.1."""
+    found = {}
+    for name, wanted in (("worked", True), ("answer_only", False)):
+        parts = [None if rows is None else [row for row in rows if (row["problem_id"] in worked) is wanted] for rows in (rollouts, refined)]
+        assert parts[0] is not None
+        found[name] = {"problems": len({row["problem_id"] for row in parts[0]}), **trajectories(parts[0], parts[1])}
     return found
 
 
@@ -157,38 +164,6 @@ def pick_samples(rollouts: Sequence[Row], refined: Sequence[Row] | None, limit: 
     return sorted(chosen, key=lambda item: order.index(item[1]))
 
 
-def costs(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a method cost, from the lines of the stage table (paper, tables 11 and 12): seconds, response tokens and share of the total
-    of rollout, refine and train over all rounds; without evaluation and the start of servers."""
-    found: dict[str, Any] = {}
-    for name in COSTS:
-        lines = [line for line in stages if line["stage"].split("/")[-1] == name and line["status"] != "missing"]
-        if lines:
-            tokens = sum(line["response_tokens"] or 0 for line in lines)
-            seconds = sum(line["seconds"] for line in lines)
-            found[name] = {"seconds": seconds, "response_tokens": tokens, "tokens_per_second": tokens / seconds if seconds else None}
-    total = sum(of["seconds"] for of in found.values())
-    return {name: of | {"percent": percent(of["seconds"], total)} for name, of in found.items()} | {"total_seconds": total}
-
-
-def diverging(first: str, second: str) -> int | None:
-    """Where `first` leaves `second`: the place in it of the first word that stands otherwise there; None if it does nowhere."""
-    words, others = (re.finditer(r"\S+", text) for text in (first, second))
-    for word in words:
-        other = next(others, None)
-        if other is None or other[0] != word[0]:
-            return word.start()
-    return None
-
-
-def marked(text: str, place: int | None) -> list[str]:
-    """[what comes before the word at `place`, that word, what follows]; all of it before where there is no place."""
-    if place is None:
-        return [text, "", ""]
-    end = place + len(text[place:].split(maxsplit=1)[0])
-    return [text[:place], text[place:end], text[end:]]
-
-
 def stage(name: str, manifest: Mapping[str, Any] | None) -> dict[str, Any]:
     """One line of the stage table from the fields of a manifest (None: the stage has none)."""
     if manifest is None:
@@ -209,6 +184,50 @@ def stage(name: str, manifest: Mapping[str, Any] | None) -> dict[str, Any]:
         "finished": manifest["finished"],
         "skipped": _skipped(parts),
         "counts": counts,
+    }
+
+
+COSTED = ("rollout", "refine", "train")  # the columns of the paper's table 11, whose sum is its total
+
+
+def costs(manifests: Iterable[tuple[str, Mapping[str, Any] | None]]) -> dict[str, dict[str, Any]]:
+    """What making the student took, as in the paper's table 11: rollout, refine, train and their total, all rounds together; and apart
+    from the total `evaluate`, as in its table 12.
+
+    manifests: (stage, fields of its manifest; None where it has none) of every stage in every round. Seconds are working time without
+    server_start_seconds; share is of the total, in percent; response_tokens are those generated or trained on. None where nothing is known.
+    A method without refinement has no `refine`.
+    """
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for name, manifest in manifests:
+        group = name.split("/")[0]
+        if group in (*COSTED, "evaluate"):
+            starts = None if manifest is None else manifest["server_start_seconds"]
+            lines.setdefault(group, []).append({"seconds": None} | stage(name, manifest) | {"server_start_seconds": starts})
+    found = {name: _cost(lines[name]) for name in COSTED if name in lines}
+    found["total"] = _cost([line for name in found for line in lines[name]])
+    if "evaluate" in lines:
+        found["evaluate"] = _cost(lines["evaluate"])
+    for name in (*COSTED, "total"):
+        if name in found:
+            seconds, total = found[name]["seconds"], found["total"]["seconds"]
+            found[name]["share"] = None if seconds is None or total is None else percent(seconds, total)
+    return found
+
+
+def _cost(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The sum of lines of the stage table; None where one of them has no value."""
+
+    def total(name: str) -> Any:
+        values = [line.get(name) for line in lines]
+        return None if None in values else sum(values)
+
+    seconds, tokens = total("seconds"), total("response_tokens")
+    return {
+        "seconds": seconds,
+        "server_start_seconds": total("server_start_seconds"),
+        "response_tokens": tokens,
+        "tokens_per_second": tokens / seconds if tokens and seconds else None,
     }
 
 

@@ -26,16 +26,15 @@ def build_samples(config: Config, run_dir: RunDir) -> tuple[list[dict[str, Any]]
 
     The student's prompt is the one its rollout was drawn under, the response ids are the engine's own. The teacher's
     prompt follows method.teacher_prompt: vanilla, or refine with y_o in it. Raises UserError if a trajectory was drawn from other
-    weights than its round's.
+    weights than its round's, or if data.filter leaves none.
     """
     chat = Chat(resolve_model(config.teacher.path or config.model.path), config.data.prompt_format, config.teacher.chat_template_kwargs)
     problems = prepare.read(run_dir)
     refined = config.method.trajectory == "refined"
-    columns = ["problem_id", "sample_index", "finish_reason", "prompt_ids", "response_ids"]
-    of_rollouts = ["response", "passed", *(columns[:-1] if refined else columns)]
-    of_refined = ["passed", *columns]
+    columns = ["problem_id", "sample_index", "finish_reason", "passed", "prompt_ids", "response_ids"]
+    of_rollouts = ["response", *(columns[:-1] if refined else columns)]
     rollouts = {(row["problem_id"], row["sample_index"]): row for row in drawn(run_dir.rollouts, TRAJECTORY, run_dir.round, of_rollouts)}
-    trajectories = drawn(run_dir.refined, REFINED, teacher_version(config, run_dir), of_refined) if refined else rollouts.values()
+    trajectories = drawn(run_dir.refined, REFINED, teacher_version(config, run_dir), columns) if refined else rollouts.values()
     rows, left_out = [], {"aborted": 0, "filtered": 0, "over_budget": 0}
     for row in trajectories:
         rollout = rollouts[row["problem_id"], row["sample_index"]]
@@ -63,15 +62,20 @@ def build_samples(config: Config, run_dir: RunDir) -> tuple[list[dict[str, Any]]
                 "rollout_passed": rollout["passed"],
             }
         )
+    if left_out["filtered"] and not rows:
+        raise UserError(
+            f"data.filter={config.data.filter} leaves no trajectory to train on: it drops {left_out['filtered']}; set data.filter=all"
+        )
     return rows, left_out
 
 
-def _kept(chosen: str, passed: bool | None, trained_passed: bool | None) -> bool:
-    """Whether data.filter keeps a trajectory (the paper, section B.3). passed: y_o's; trained_passed: of what is trained on. What was
-    not graded is in none of the subsets."""
-    if chosen == "all":
+def _kept(filter: str, rollout_passed: bool | None, passed: bool | None) -> bool:
+    """The corpus filters of the paper's section B.3. What was not graded neither passed nor failed: only `all` keeps it."""
+    if filter == "all":
         return True
-    return passed is (chosen == "succ") and (chosen != "fail_to_succ" or trained_passed is True)
+    if filter == "succ":
+        return rollout_passed is True
+    return rollout_passed is False and (filter == "fail" or passed is True)
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,10 @@ def write(config: Config, run_dir: RunDir, folder: Path) -> Prepared:
     rows, left_out = build_samples(config, run_dir)
     held_out = config.learner.held_out_samples
     if len(rows) <= held_out:
-        kept = "" if config.data.filter == "all" else f" (data.filter={config.data.filter} leaves out {left_out['filtered']})"
-        raise UserError(f"{len(rows)} trajectories to train on{kept}, of which learner.held_out_samples={held_out} are held out: lower it")
+        dropped = f" (data.filter={config.data.filter} drops {left_out['filtered']})" if left_out["filtered"] else ""
+        raise UserError(
+            f"{len(rows)} trajectories to train on{dropped}, of which learner.held_out_samples={held_out} are held out: lower it"
+        )
     write_parquet(folder / SAMPLES, rows, SAMPLE)
     teacher = str(resolve_model(config.teacher.path)) if config.teacher.path else None
     student = resolve_model(config.model.path)

@@ -1,8 +1,5 @@
 """Verification of the lab's responses: pure Python, linear in the length of the text."""
 
-import re
-from itertools import islice
-
 from trd_megatron.lab_text import ANSWER, VALUES, WAIT, WORDS_OF_STEP, Program, own_style, parse_reference
 from trd_megatron.verify.verdict import Verdict
 
@@ -20,11 +17,6 @@ def verify_lab(response: str, answer: str) -> Verdict:
     if answer not in VALUES:
         return Verdict.of("error", found[0], f"the reference answer is none of {', '.join(VALUES)}")
     return Verdict.of("pass" if found[0] == answer else "fail", found[0])
-
-
-def word_place(text: str, word: int) -> int:
-    """Where text.split()[word] starts in `text`."""
-    return next(islice(re.finditer(r"\S+", text), word, None)).start()
 
 
 def first_error(problem: str, reference_solution: str, response: str) -> tuple[int, int] | None:

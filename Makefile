@@ -47,11 +47,12 @@ LAB_RUN := $(TRD) run --multirun experiment=lab seed=$(LAB_SEEDS)
 lab: venv ## The CPU lab: five methods, OPSD, three seeds, on a small world; the first time its base is pretrained.
 	$(LAB_RUN) method=$(LAB_METHODS) run_dir=$(LAB)/opsd
 
-lab-full: lab ## The lab with OPD, LoRA and the negative control as well.
+lab-full: lab ## The lab with OPD, LoRA and the negative control as well, and a check of what it promises.
 	$(LAB_RUN) method=$(LAB_METHODS) run_dir=$(LAB)/opd mode=opd teacher.path=builtin:lab-opd-teacher evaluate.teacher=true
 	$(LAB_RUN) method=forward_kl,trd run_dir=$(LAB)/lora learner.trainable=lora learner.lora.rank=16 learner.lora.alpha=32 learner.learning_rate=4e-3
 	$(LAB_RUN) method=forward_kl,trd run_dir=$(LAB)/control data.world=lab_control
 	$(TRD) report --compare $(LAB)/*/*/ --output $(LAB)
+	LAB=$(LAB) $(VENV)/bin/python -m pytest tests/acceptance/test_lab.py -m acceptance
 
 # Two files at a time, since many tests wait for servers or run on one core; the short ones last, so that both workers end together.
 test: venv ## Run the tests.

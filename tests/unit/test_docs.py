@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from trd_megatron import sweep
 from trd_megatron.config import load
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +20,11 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("command", commands())
 def test_command_composes(command: str) -> None:
-    load([word for word in shlex.split(command) if "=" in word and not word.startswith(("-", "SGLANG_API_KEY"))])
+    settings = [word for word in shlex.split(command) if "=" in word and not word.startswith(("-", "SGLANG_API_KEY"))]
+    if {"--multirun", "-m"} & set(command.split()):
+        sweep.members(settings)
+    else:
+        load(settings)
 
 
 def test_split_topology_composes() -> None:

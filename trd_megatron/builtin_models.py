@@ -235,8 +235,12 @@ def _pretrained(name: str) -> Path:
     """One of the lab's bases."""
     from trd_megatron import lab_pretraining
 
+    target = cache_dir() / "models" / _pretrained_name(name)
+    if target.is_dir():
+        return target
     start = resolve_model(lab_pretraining.RECIPES[name].start)
-    return _cached(_pretrained_name(name), lambda folder: lab_pretraining.make(name, start, folder))
+    with lab_pretraining.alone(name):
+        return _cached(target.name, lambda folder: lab_pretraining.make(name, start, folder))
 
 
 def _random_qwen3(name: str, settings: dict[str, Any], tokenizer: Callable[[int], PreTrainedTokenizerFast]) -> Path:

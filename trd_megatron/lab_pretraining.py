@@ -4,6 +4,7 @@ A base has the misconceptions of its world's writers, and the abilities of a tea
 errors. It is good enough by what it does with problems of the part "check", not after a number of steps; then the learning rate falls.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import json
@@ -105,33 +106,46 @@ def _row(chat: Chat, name: str, example: Example, source: str | None) -> dict[st
     }
 
 
+def _folder(name: str) -> Path:
+    return cache_dir() / "pretraining" / f"{name}-{RECIPES[name].label}"
+
+
+@contextlib.contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Waits until no other process makes the base `name`, and keeps others waiting."""
+    lock = _folder(name).with_suffix(".lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def make(name: str, start: Path, folder: Path) -> None:
-    """Pretrains the base `name` from the model in `start` and writes it into `folder`; an interrupted pretraining goes on.
+    """Pretrains the base `name` from the model in `start` and writes it into `folder`; an interrupted pretraining goes on. To be called
+    under `alone`.
 
     Raises UserError if it does not become good enough, LearnerFailedError if the ranks fail.
     """
     recipe = RECIPES[name]
-    work = cache_dir() / "pretraining" / f"{name}-{recipe.label}"
+    work = _folder(name)
     work.mkdir(parents=True, exist_ok=True)
-    with (work / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it
-        config = configuration(recipe)
-        if not (work / "job.json").exists():
-            console.print(f"builtin:{name} is pretrained, once: a few minutes", highlight=False)
-            rows = list(samples(recipe, Chat(start, config.data.prompt_format, {}), recipe.max_steps * recipe.batch_size))
-            write_parquet(work / SAMPLES, rows, SAMPLE)
-            held_out = sum(row["source"] is not None for row in rows)
-            Job(to_dict(config), str(start), None, [], objective="sft", held_out=held_out).write(work)
-        _train(name, work, config.learner)
-        summary = json.loads((work / "summary.json").read_text(encoding="utf-8"))
-        if summary["decay_from"] is None:
-            raise UserError(f"builtin:{name} did not become good enough in {recipe.max_steps} steps: see {work / 'metrics.jsonl'}")
-        base = Megatron(step_folder(work / "checkpoints", summary["steps"]), start)
-        huggingface.write(base, folder, dtype=torch.float32)
-        (folder / RECORD).mkdir()
-        for file in ("summary.json", "metrics.jsonl"):
-            shutil.copy(work / file, folder / RECORD)
-        write_json(folder / RECORD / "recipe.json", dataclasses.asdict(recipe) | {"versions": versions()})
+    config = configuration(recipe)
+    if not (work / "job.json").exists():
+        console.print(f"builtin:{name} is pretrained, once: a few minutes", highlight=False)
+        rows = list(samples(recipe, Chat(start, config.data.prompt_format, {}), recipe.max_steps * recipe.batch_size))
+        write_parquet(work / SAMPLES, rows, SAMPLE)
+        held_out = sum(row["source"] is not None for row in rows)
+        Job(to_dict(config), str(start), None, [], objective="sft", held_out=held_out).write(work)
+    _train(name, work, config.learner)
+    summary = json.loads((work / "summary.json").read_text(encoding="utf-8"))
+    if summary["decay_from"] is None:
+        raise UserError(f"builtin:{name} did not become good enough in {recipe.max_steps} steps: see {work / 'metrics.jsonl'}")
+    base = Megatron(step_folder(work / "checkpoints", summary["steps"]), start)
+    huggingface.write(base, folder, dtype=torch.float32)
+    (folder / RECORD).mkdir()
+    for file in ("summary.json", "metrics.jsonl"):
+        shutil.copy(work / file, folder / RECORD)
+    write_json(folder / RECORD / "recipe.json", dataclasses.asdict(recipe) | {"versions": versions()})
     shutil.rmtree(work)
 
 

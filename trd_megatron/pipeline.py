@@ -268,10 +268,26 @@ def train_together(
                 preflight.check_training(config)
                 locks.enter_context(run_dir.lock())
                 opened.append((work, work.folder.open()))
-        jobs = [train.write(work.config, work.run_dir, work.folder.folder) for work, _ in opened]
-        for (work, manifest), (counts, seconds) in zip(opened, train.learn(jobs), strict=True):
-            work.folder.close(manifest, counts, seconds)
-            on_stage(work, manifest, False)
+        jobs = [_write_job(work) for work, _ in opened]
+        waiting, since = list(opened), time.monotonic()
+        try:
+            for counts, seconds in train.learn(jobs):
+                work, manifest = waiting.pop(0)
+                since = time.monotonic()
+                work.folder.close(manifest, counts, seconds)
+                on_stage(work, manifest, False)
+        except BaseException:
+            if waiting:  # the first of them was being trained
+                work, manifest = waiting[0]
+                work.folder.pause(manifest, time.monotonic() - since)
+            raise
+
+
+def _write_job(work: Work) -> train.Prepared:
+    try:
+        return train.write(work.config, work.run_dir, work.folder.folder)
+    except UserError as error:
+        raise UserError(f"{work.run_dir.path}: {error}") from None
 
 
 def run(

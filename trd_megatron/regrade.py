@@ -78,7 +78,8 @@ def regrade(config: Config, run_dir: RunDir) -> Changes:
         files = [file for work in current for file in _files(work)]
         if not files:
             raise UserError(
-                f"{run_dir.path} holds no samples that were made with its settings: `trd status {run_dir.path}` shows its stages"
+                f"{run_dir.path} holds no samples that were made with its settings: `trd run` makes them, in its stage rollout; "
+                f"`trd status {run_dir.path}` shows where it stands"
             )
         changes = _grade_files(config, run_dir, files)
         for work in current:

@@ -515,3 +515,17 @@ def test_the_benchmark_knows_its_verdicts():
     assert figures["items"] == sum(figures["verdicts"].values()) == 40
     assert set(figures["verdicts"]) == {"pass", "fail"}
     assert figures["items_per_s"] == pytest.approx(40 / figures["seconds"])
+
+
+def test_a_variable_reference_without_a_value_is_an_error_whatever_is_answered() -> None:
+    for response in ("\\boxed{1/x}", "\\boxed{x}"):
+        verdict = verify_math(response, "1/x", "variable", '["x=0"]')
+        assert (verdict.verdict, verdict.passed) == ("error", None)
+    assert verify_math("\\boxed{1/x}", "1/x", "variable", '["x=2"]').verdict == "pass"
+    assert verify_math("\\boxed{)}", "1/x", "variable", '["x=2"]').verdict == "fail"
+
+
+@pytest.mark.parametrize("arguments", [(None, "1"), ("\\boxed{1}", 1), ("\\boxed{1}", "1", 3), ("\\boxed{1}", "1", "variable", ["x=1"])])
+def test_what_is_no_text_is_refused_by_its_name(arguments: tuple) -> None:  # type: ignore[type-arg]
+    with pytest.raises(TypeError, match=r"^(response|answer|answer_type|check_values) must be a string"):
+        verify_math(*arguments)

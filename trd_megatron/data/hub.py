@@ -56,13 +56,19 @@ def _cached(files: HubFiles) -> list[Path]:
 def fetch(files: HubFiles, *, way_out: str) -> list[Path]:
     """The files as the hub has them now; where it cannot be reached, those in its cache. Raises UserError if a file cannot be had."""
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError  # HTTPError: of the HTTP library the hub client uses
+    from huggingface_hub.errors import (  # HTTPError: of the HTTP library the hub client uses
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         folder = Path(snapshot_download(files.repository, repo_type="dataset", allow_patterns=list(files.patterns)))
         return matching(folder, files)
     except (HTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if isinstance(error, LocalEntryNotFoundError):
+            reason = f"it cannot be reached, and {constants.HF_HUB_CACHE} does not hold all of it"
         if constants.HF_HUB_OFFLINE:
             reason = f"HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not hold all of it"
         raise UserError(f"{files} did not come from the Hugging Face hub ({reason}): {way_out}") from error

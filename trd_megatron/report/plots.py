@@ -201,6 +201,7 @@ def pass_curve(models: Mapping[str, Mapping[str, Any]]) -> str:
             _line(axes, ks, of["pass_curve"], colour, label=name, linestyle=linestyle)
             low, high = zip(*(bounds or (math.nan, math.nan) for bounds in of["pass_curve_intervals"]), strict=True)
             axes.fill_between(ks, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], 0))
         axes.set_xlabel("k")
         axes.set_ylabel("Pass@k, %")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

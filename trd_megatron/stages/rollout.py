@@ -41,6 +41,11 @@ def run(config: Config, run_dir: RunDir, folder: Path, engines: Engines) -> dict
     stage = config.rollout
     problems = [problem for problem in prepare.read(run_dir).values() if problem["split"] == "train"]
     tasks, skipped = student_tasks(chat, problems, stage.samples_per_problem, stage.max_prompt_tokens, "rollout.max_prompt_tokens")
+    if len(tasks) <= config.learner.held_out_samples:  # training would say so, after hours
+        raise UserError(
+            f"{len(tasks)} attempts to train on (data.train_problems, rollout.samples_per_problem), of which "
+            f"learner.held_out_samples={config.learner.held_out_samples} would be held out: lower it, or draw more"
+        )
     author = Author("student", weights, config.model.path, chat)
     name = seed_name("rollout", run_dir.round)
     figures = generate(config, name, folder, tasks, stage, stage.shard_size, TRAJECTORY, engines, author)

@@ -77,6 +77,8 @@ def _prepare(response: str, answer: str, answer_type: str | None = None, check_v
         return Verdict.of("fail", extracted[:MAX_ANSWER_CHARS], detail)
     decimals = AMO_DECIMALS if answer_type in ("number", "set") else EXACT_DECIMALS
     decided = quick_verdict(gold, normalise(extracted), decimals)
+    if decided is True and answer_type == "variable":  # a reference without a value at a point is no reference
+        decided = gold, normalise(extracted)
     if isinstance(decided, bool):
         return Verdict.of("pass" if decided else "fail", extracted)
     gold, given = decided
@@ -311,10 +313,15 @@ def verify_math(
                   the values must agree to 8 significant digits
     timeout_s     wall-clock seconds, over 0
 
-    What counts as the same answer is listed in docs/verification.md. Raises ValueError for another answer_type or check_values,
-    RuntimeError if the worker cannot be started.
+    What counts as the same answer is listed in docs/verification.md. Raises TypeError for a response or an answer that is no text,
+    ValueError for another answer_type or check_values, RuntimeError if the worker cannot be started.
     """
     global _shared
+    texts = {"response": response, "answer": answer, "answer_type": answer_type, "check_values": check_values}
+    for name, value in texts.items():
+        optional = name in ("answer_type", "check_values")
+        if not isinstance(value, str) and not (optional and value is None):
+            raise TypeError(f"{name} must be a string{' or None' if optional else ''}, not {type(value).__name__}")
     if not timeout_s > 0:
         raise ValueError(f"timeout_s must be over 0, not {timeout_s}")
     with _shared_lock:

@@ -265,11 +265,12 @@ def values_at(value: Any, points: list[dict[str, str]]) -> list[Any]:
 
 
 def grade_variable(gold: Any, answer: Any, points: list[dict[str, str]]) -> tuple[str, str]:
-    """An expression is right if it has the reference's value at every point."""
+    """An expression is right if it has the reference's value at every point. answer None: it could not be read."""
     wanted = values_at(gold, points)
     if None in wanted:
         return "error", f"the reference answer has no value at {spelled(points[wanted.index(None)])}"
-    for point, want, give in zip(points, wanted, values_at(answer, points), strict=True):
+    given = [None] * len(points) if answer is None else values_at(answer, points)
+    for point, want, give in zip(points, wanted, given, strict=True):
         if give is None or abs(give - want) > VARIABLE_TOLERANCE * abs(want):
             return "fail", f"{'no value' if give is None else 'another value'} at {spelled(point)}"
     return "pass", ""
@@ -285,12 +286,12 @@ def grade(gold: str, answer: str, answer_type: str | None, points: list[dict[str
 
     sympy.core.random.seed(0)  # sympy guesses: the same item must get the same verdict wherever it stands in the queue
     (wanted, wanted_text), (given, given_text) = read(gold), read(answer)
+    if answer_type == "variable" and wanted is not None:
+        return grade_variable(wanted, given, points)
     if wanted_text == given_text:
         return "pass", ""
     if wanted is None or given is None:
         return "fail", ""
-    if answer_type == "variable":
-        return grade_variable(wanted, given, points)
     right = (grade_set if answer_type == "set" else equal)(wanted, given, decimals)
     return ("pass" if right else "fail"), ""
 

@@ -51,7 +51,9 @@ def test_every_sample_is_there_once_and_carries_its_rounds_weights(run: Path) ->
             found = rows(folder / stage)
             assert len({(row["problem_id"], row["sample_index"]) for row in found}) == len(found) == 8
             assert {(row["weight_version"], row["engine"]) for row in found} == {(version, "sglang")}
-            assert all(len(row["response_ids"]) == len(row["response_logprobs"]) == 24 for row in found)
+            for row in found:  # SGLang draws anew in each run: now and then the random model ends its turn early
+                assert len(row["response_ids"]) == len(row["response_logprobs"])
+                assert (len(row["response_ids"]) == 24) if row["finish_reason"] == "length" else (1 <= len(row["response_ids"]) <= 24)
         trained = rows(folder / "eval/student")
         assert len(trained) == 8
         assert {row["weight_version"] for row in trained} == {number + 1}

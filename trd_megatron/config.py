@@ -295,6 +295,17 @@ class LoggingConfig:
 
 
 @dataclass
+class ClusterConfig:
+    """Where `trd launch` runs the stages, and what `trd plan` reckons with. Nothing of it changes a result."""
+
+    kind: str | None = opt(
+        None, "Which scheduler (the group cluster=NAME sets it).", choices=("local", "docker", "slurm", "kubernetes"), layout=True
+    )
+    gpu: str = opt("H100", "Which GPUs a node has, for `trd plan`.", choices=("A100-40GB", "A100", "H100", "H200", "B200"), layout=True)
+    gpus_per_node: int = opt(8, "GPUs of a node.", layout=True)
+
+
+@dataclass
 class Config:
     name: str = opt(MISSING, "Name of the experiment.")
     job: str = opt(
@@ -322,6 +333,7 @@ class Config:
     export: ExportConfig = opt(ExportConfig, "Which checkpoint becomes hf/.")
     evaluate: EvaluateConfig = opt(EvaluateConfig, "Benchmarks.")
     logging: LoggingConfig = opt(LoggingConfig, "Where training is logged besides train/.")
+    cluster: ClusterConfig = opt(ClusterConfig, "Where a launched run's stages run.")
 
 
 def conf_dir() -> Path:

@@ -20,6 +20,7 @@ POSITIVE = (
     "learner.learning_rate", "learner.clip_grad",
     "learner.lora.rank", "learner.lora.alpha", "learner.held_out_samples", "learner.eval_interval",
     "learner.checkpoint_interval", "learner.keep_checkpoints", "learner.decay_steps",
+    "cluster.gpus_per_node",
 )  # fmt: skip
 OPTIONAL_POSITIVE = (
     "data.train_problems", "learner.max_steps", "learner.peak_tflops", "learner.cpu_threads", "engine.student.context_length",

@@ -298,8 +298,8 @@ class LoggingConfig:
 class ClusterConfig:
     """Where `trd launch` runs the stages, and what `trd plan` reckons with. Nothing of it changes a result."""
 
-    kind: str | None = opt(
-        None, "Which scheduler (the group cluster=NAME sets it).", choices=("local", "docker", "slurm", "kubernetes"), layout=True
+    kind: str = opt(
+        "none", "Which scheduler (cluster=NAME sets it).", choices=("none", "local", "docker", "slurm", "kubernetes"), layout=True
     )
     gpu: str = opt("H100", "Which GPUs a node has, for `trd plan`.", choices=("A100-40GB", "A100", "H100", "H200", "B200"), layout=True)
     gpus_per_node: int = opt(8, "GPUs of a node.", layout=True)

@@ -99,12 +99,20 @@ def run(
         _multirun(overrides or [])
         return
     config = load(overrides or [])
+    started = time.monotonic()
+    _run_stages(config, until, only)
+    report = Path(config.run_dir) / "report.html"
+    if report.exists() and (until is None or until == "report") and only in (None, "report"):
+        console.print(f"report: {report}", highlight=False)
+    console.print(f"{time.monotonic() - started:.1f} s in all", highlight=False)
+
+
+def _run_stages(config: "Config", until: str | None, only: str | None) -> None:
     from trd_megatron import pipeline
     from trd_megatron.run_dir import Manifest, RunDir
 
     run_dir = RunDir(config.run_dir, config.name)
     console.print(f"{config.name}: {_does(config)}, in {run_dir.path}", highlight=False, markup=False)
-    started = time.monotonic()
     rows: list[tuple[pipeline.Work, Manifest, bool]] = []
 
     def on_stage(work: pipeline.Work, manifest: Manifest, skipped: bool) -> None:
@@ -113,10 +121,49 @@ def run(
 
     pipeline.run(config, run_dir, until=until, only=only, on_stage=on_stage, say=_say)
     output.print(_summary(rows))
-    report = run_dir.path / "report.html"
-    if report.exists() and (until is None or until == "report") and only in (None, "report"):
-        console.print(f"report: {report}", highlight=False)
-    console.print(f"{time.monotonic() - started:.1f} s in all", highlight=False)
+
+
+@app.command()
+def node(
+    overrides: Overrides = None,
+    stages: Annotated[
+        str | None, typer.Option(metavar="STAGE,...", help="Only these stages, in this order; what they read must be done. Default: all.")
+    ] = None,
+) -> None:
+    """Take part in a run over several machines: the same command on each, started by srun, a TrainJob, or by hand.
+
+    The first node runs the stages as `trd run` does; the others lend it their learner ranks and SGLang servers, and end with it. All see
+    the run directory, and models, under the same paths. On one node it is `trd run`.
+
+    Which node this is comes from Slurm's or Kubeflow's variables, or from TRD_NODE_RANK, TRD_NODES and TRD_HEAD (address of node 0;
+    TRD_PORT, default 29400, and the port after it are used there). Ranks and servers are dealt evenly to the nodes. Servers that other
+    machines reach want a key in SGLANG_API_KEY. `trd launch` writes the jobs that call this: docs/cluster.md.
+
+    [bold]Examples[/bold]
+
+      srun --ntasks-per-node=1 trd node experiment=opsd_qwen3_8b run_dir=/shared/runs/8b learner.data_parallel_size=8
+
+      TRD_NODES=2 TRD_NODE_RANK=1 TRD_HEAD=10.0.0.5 trd node experiment=NAME run_dir=/shared/runs/NAME
+    """
+    from trd_megatron.config import load
+    from trd_megatron.launch import node as nodes_of_a_job
+    from trd_megatron.launch import slurm
+    from trd_megatron.nodes import Place
+
+    def all_stages() -> None:
+        for stage in [None] if stages is None else stages.split(","):
+            _run_stages(config, None, stage)
+
+    try:
+        config = load(overrides or [])
+        place = Place.find()
+        if place.rank == 0:
+            nodes_of_a_job.lead(place, all_stages)
+        else:
+            nodes_of_a_job.follow(place, config, _say)
+    except UserError:
+        slurm.do_not_repeat()
+        raise
 
 
 def _does(config: "Config") -> str:
@@ -485,8 +532,9 @@ def main() -> None:
             fail(error.format_message(), 2)
         from trd_megatron.engine.base import EngineFailedError
         from trd_megatron.learner.job import LearnerFailedError
+        from trd_megatron.nodes import NodeFailedError
 
-        if isinstance(error, EngineFailedError | LearnerFailedError):
+        if isinstance(error, EngineFailedError | LearnerFailedError | NodeFailedError):
             fail(str(error), 1)
         if isinstance(error, OSError):
             full = "; free some and give the same command again" if error.errno == errno.ENOSPC else ""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from trd_megatron import nodes
 from trd_megatron.builtin_models import resolve_model
 from trd_megatron.chat import Chat
 from trd_megatron.config import Config
@@ -24,10 +25,11 @@ def check_devices(config: Config) -> None:
     """Raises UserError if this machine has fewer GPUs than the configuration uses."""
     check_server_devices(config)
     gpus, ranks = torch.cuda.device_count(), config.learner.ranks
-    if config.job != "evaluate" and config.learner.device == "cuda" and gpus < ranks:
+    if config.job != "evaluate" and config.learner.device == "cuda" and gpus * nodes.count() < ranks:
+        have = f"this machine has {gpus} usable GPUs" if nodes.count() == 1 else f"{nodes.count()} nodes of {gpus} GPUs have fewer"
         raise UserError(
             f"learner.device=cuda with {ranks} ranks (learner.tensor_model_parallel_size x context_parallel_size x data_parallel_size), "
-            f"but this machine has {gpus} usable GPUs: choose learner=cpu{', or fewer ranks' if gpus else ''}"
+            f"but {have}: choose learner=cpu{', or fewer ranks' if gpus else ''}"
         )
 
 
@@ -42,7 +44,7 @@ def check_server_devices(config: Config) -> None:
         raise UserError(f"engine.device=cuda, but this machine has no usable GPU: {way_out}")
     if engine.kind == "sglang" and engine.launch and engine.device == "cuda":
         for role, servers in {"student": engine.student, "teacher": engine.teacher}.items():
-            last = max(servers.gpus, default=servers.data_parallel_size * servers.tensor_parallel_size - 1)
+            last = max(servers.gpus, default=servers.data_parallel_size * servers.tensor_parallel_size // nodes.count() - 1)
             if last >= gpus and (role == "student" or config.teacher.path is not None):
                 raise UserError(
                     f"engine.{role} wants GPU {last} (data_parallel_size x tensor_parallel_size, or gpus), but this machine has {gpus}, "

@@ -1,6 +1,5 @@
 """`trd serve`: the SGLang servers of a configuration in the foreground, for runs that attach to them."""
 
-import ipaddress
 import json
 import shlex
 import time
@@ -14,6 +13,7 @@ from trd_megatron.builtin_models import model_fingerprint, resolve_model
 from trd_megatron.config import Config
 from trd_megatron.config_checks import check, check_own_gpus
 from trd_megatron.engine.base import API_KEY, Weights, api_key
+from trd_megatron.engine.engines import is_loopback
 from trd_megatron.engine.server import LaunchedServers, start_all, stop_all
 from trd_megatron.errors import UserError
 from trd_megatron.preflight import check_server_devices
@@ -37,7 +37,7 @@ def serve(config: Config, role: str, host: str, port: int) -> None:
         wanted = {name: getattr(config.engine, name) for name in roles}
         check_own_gpus(wanted, {}, "--role both serves them side by side", "serve one --role at a time")
     key = api_key()
-    if not _is_loopback(host) and key is None:
+    if not is_loopback(host) and key is None:
         raise UserError(f"--host {host} can be reached from other machines: set {API_KEY} in the environment, or serve at 127.0.0.1")
     logs = Path(config.run_dir) / SERVERS
     groups: list[LaunchedServers] = []
@@ -74,13 +74,6 @@ def _launching(config: Config) -> Config:
     check(config)
     check_server_devices(config)
     return config
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _attaching(config: Config, groups: Sequence[LaunchedServers]) -> str:

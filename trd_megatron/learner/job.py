@@ -9,14 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from trd_megatron import processes
+from trd_megatron import nodes, processes
 from trd_megatron.config import LearnerConfig
 from trd_megatron.errors import UserError
 from trd_megatron.learner.packing import Sample
+from trd_megatron.nodes import Place
 from trd_megatron.records import SAMPLE
 from trd_megatron.run_dir import read_parquet, write_json
 
 JOB, SAMPLES, ERROR, LOG = "job.json", "samples.parquet", "error.json", "learner.log"
+NODE_RANK = "TRD_LEARNER_NODE"  # environment variable of the ranks
 
 
 Objective = Literal["distill", "sft"]
@@ -60,6 +62,33 @@ def run_ranks(folder: Path, config: LearnerConfig) -> Iterator[dict[str, Any]]:
     return (metrics for _, metrics in run_all([folder], config))
 
 
+def torchrun(folders: Sequence[Path], config: LearnerConfig, place: Place, number: int) -> tuple[list[str], dict[str, str]]:
+    """(command, environment) of the ranks of one node. number: which meeting of the nodes this is, where there are several."""
+    ranks = config.ranks // place.count
+    command = [sys.executable, "-m", "trd_megatron.learner.torchrun", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
+    if place.count == 1:
+        command += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
+    else:
+        command += [f"--nnodes={place.count}", f"--rdzv-endpoint={place.head}:{place.port + 1}", f"--rdzv-id=trd-{number}"]
+        command += [f"--rdzv-conf=is_host={'false' if place.rank else 'true'}", f"--local-addr={place.address}"]
+    command += [f"--max-restarts={config.max_restarts}", "-m", "trd_megatron.learner", *map(str, folders)]
+    threads = max((os.cpu_count() or 1) // ranks, 1) if config.device == "cpu" else 1
+    own = {} if config.cpu_threads is None else {"OMP_NUM_THREADS": str(config.cpu_threads)}
+    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | dict(os.environ) | own
+    environment |= {"PYTHONSAFEPATH": "1", processes.PARENT: str(os.getpid())}  # no modules from the folder the user stands in
+    if place.count > 1:
+        environment[NODE_RANK] = str(place.rank)
+        # What the backends would guess is often another network, or none that others reach.
+        interface = nodes.interface_of(place.address)
+        if interface is not None:
+            environment = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface} | environment
+    elif config.device == "cpu":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if config.device == "cuda" and config.tensor_model_parallel_size > 1 and config.context_parallel_size == 1:
+        environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron: so that communication starts before the product beside it
+    return command, environment
+
+
 def run_all(folders: Sequence[Path], config: LearnerConfig) -> Iterator[tuple[int, dict[str, Any]]]:
     """Starts the ranks with torchrun, who do the jobs of these folders one after the other, and yields (index of the job, metrics) of each
     step as it ends (of work "score": nothing). `config`: of one of them; all need as many ranks, on the same device.
@@ -69,24 +98,10 @@ def run_all(folders: Sequence[Path], config: LearnerConfig) -> Iterator[tuple[in
     """
     for folder in folders:
         (folder / ERROR).unlink(missing_ok=True)
-    ranks = config.ranks
-    threads = max((os.cpu_count() or 1) // ranks, 1) if config.device == "cpu" else 1
-    own = {} if config.cpu_threads is None else {"OMP_NUM_THREADS": str(config.cpu_threads)}
-    command = [sys.executable, "-m", "trd_megatron.learner.torchrun", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
-    command += [
-        "--rdzv-endpoint=127.0.0.1:0",
-        "--local-addr=127.0.0.1",
-        f"--max-restarts={config.max_restarts}",
-        "-m",
-        "trd_megatron.learner",
-        *map(str, folders),
-    ]
-    environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | dict(os.environ) | own
-    environment |= {"PYTHONSAFEPATH": "1", processes.PARENT: str(os.getpid())}  # no modules from the folder the user stands in
-    if config.device == "cpu":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    elif config.tensor_model_parallel_size > 1 and config.context_parallel_size == 1:
-        environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron: so that communication starts before the product beside it
+    nodes.share("learner ranks (tensor_model_parallel_size x context_parallel_size x data_parallel_size)", config.ranks)
+    place = Place() if nodes.leader is None else nodes.leader.place
+    number = 0 if nodes.leader is None else nodes.leader.ask("train", folders=[str(folder.absolute()) for folder in folders])
+    command, environment = torchrun(folders, config, place, number)
     log_file = folders[0] / LOG
     with log_file.open("a", encoding="utf-8") as log:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)

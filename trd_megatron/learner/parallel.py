@@ -13,6 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.distributed.rendezvous import rendezvous
 
 from trd_megatron.config import LearnerConfig
+from trd_megatron.learner.job import NODE_RANK
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,14 @@ class Parallel:
 
 
 def _meeting_place() -> dict[str, Any]:
-    """torchrun's store, with keys of this attempt alone: after a restart it still holds the addresses of the ranks that died."""
+    """torchrun's store, with keys of this attempt alone: after a restart it still holds the addresses of the ranks that died.
+
+    Over several nodes ranks are dealt node by node, so that tensor parallelism stays inside a node and rank 0 is on node 0, whose
+    pipeline reads what it prints: torchrun's own order of nodes is that of their addresses.
+    """
     store, rank, ranks = next(rendezvous("env://"))
+    if NODE_RANK in os.environ:
+        rank = int(os.environ[NODE_RANK]) * int(os.environ["LOCAL_WORLD_SIZE"]) + int(os.environ["LOCAL_RANK"])
     return {
         "store": dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store),
         "rank": rank,

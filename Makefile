@@ -6,8 +6,10 @@ TRD := $(VENV)/bin/trd
 SGLANG_VENV := .venv-sglang
 SGLANG_STAMP := $(SGLANG_VENV)/.installed
 SGLANG_CPU := tools/sglang_cpu
+LAUNCH_VENV := .venv-launch
+LAUNCH_STAMP := $(LAUNCH_VENV)/.installed
 
-.PHONY: venv sglang-cpu quickstart smoke lab lab-full test acceptance check lock wheel clean help
+.PHONY: venv sglang-cpu launch-env quickstart smoke lab lab-full test acceptance check lock wheel clean help
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -30,6 +32,14 @@ $(SGLANG_STAMP): $(wildcard $(SGLANG_CPU)/*.txt $(SGLANG_CPU)/site/*)
 	$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(SGLANG_CPU)/requirements-nodeps.txt
 	cp $(SGLANG_CPU)/site/*.p* "$$($(SGLANG_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	$(SGLANG_VENV)/bin/python -c 'import sglang, torchvision'
+	touch $@
+
+launch-env: $(LAUNCH_STAMP) ## Build .venv-launch: NeMo-Run and nemo-toolkit, for trd launch. 2 GB, a few minutes.
+
+$(LAUNCH_STAMP): tools/launch/requirements.txt setup.py
+	$(PYTHON) -m venv --clear $(LAUNCH_VENV)
+	$(LAUNCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tools/launch/requirements.txt
+	$(LAUNCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
 quickstart: venv ## The whole pipeline on a real model, on a CPU: about six minutes.

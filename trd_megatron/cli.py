@@ -246,6 +246,59 @@ def _result(stage: str, counts: dict[str, Any]) -> str:
 
 
 @app.command()
+def launch(
+    overrides: Overrides = None,
+    stages: Annotated[
+        str | None, typer.Option(metavar="STAGE,...", help="Only the jobs of these stages; what they read must be done. Default: all.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the exact scripts, and submit nothing.")] = False,
+) -> None:
+    """Run an experiment on a cluster, each stage a job with nodes of its own: cluster=slurm, kubernetes, docker or local.
+
+    Jobs are made by NeMo-Run. How many nodes each gets follows from the settings: servers take engine.student.data_parallel_size x
+    tensor_parallel_size GPUs (in OPD the teacher's to refine), training takes the learner's ranks; cluster.gpus_per_node a node. A job
+    begins when the one before has ended well. A job that fails, runs out of time or is preempted is put back (cluster.retries) and goes on
+    where it stopped; the same command goes on after anything else. What your input causes is not tried again.
+
+    `trd status RUN` shows the jobs. Every node must see the run directory, models and data under the same paths: docs/cluster.md.
+
+    [bold]Examples[/bold]
+
+      trd launch experiment=opsd_qwen3_8b cluster=slurm cluster.partition=h100 cluster.account=me --dry-run
+
+      trd launch experiment=opd_qwen3_1_7b cluster=slurm cluster.trd=/shared/trd/.venv/bin/trd run_dir=/shared/runs/opd
+
+      trd launch experiment=opsd_qwen3_8b cluster=kubernetes run_dir=/runs/8b cluster.mounts=\\[runs:/runs] \\
+        cluster.learner_image=IMAGE cluster.rollout_image=IMAGE
+    """
+    from trd_megatron.config import load
+
+    given = overrides or []
+    config = load(given)
+    if config.cluster.kind == "none":
+        raise UserError("say where: cluster=slurm, kubernetes, docker or local")
+    from trd_megatron.launch.jobs import jobs
+
+    todo = jobs(config, None if stages is None else stages.split(","))
+    try:
+        from trd_megatron.launch import launcher
+    except ImportError as error:
+        raise UserError(
+            f"trd launch needs NeMo-Run, which is not installed here ({error}): `make launch-env` builds .venv-launch"
+        ) from None
+    if dry_run:
+        for title, text in launcher.dry_run(config, given, todo):
+            output.print(f"# === {title}\n{text}", highlight=False, markup=False, soft_wrap=True)
+        return
+    launched = launcher.launch(config, given, todo)
+    table = Table("job", "id", "stages", "nodes", "GPUs a node", title=f"{config.name} on {config.cluster.kind}, in {config.run_dir}")
+    for job in launched.jobs:
+        table.add_row(job.name, job.id, ", ".join(job.stages), f"{job.nodes}", f"{job.gpus or ''}")
+    output.print(table)
+    console.print(f"where they stand: trd status {config.run_dir}", highlight=False, markup=False)
+
+
+@app.command()
 def prepare(
     overrides: Overrides = None,
     download_only: Annotated[
@@ -298,7 +351,17 @@ def plan(
 
 @app.command()
 def status(run_path: RunPath) -> None:
-    """Show the stages of a run: state, counts, rates."""
+    """Show the stages of a run: state, counts, rates; of a launched one its jobs as well."""
+    from trd_megatron.launch.records import Launched
+
+    launched = Launched.read(run_path)
+    if launched is not None:
+        jobs = Table("job", "id", "state", "scripts and logs", title=f"Jobs on {launched.kind}")
+        for job, state in zip(launched.jobs, launched.states(), strict=True):
+            jobs.add_row(job.name, job.id, state, printable(job.folder))
+        output.print(jobs)
+        if not (run_path / "config.yaml").exists():
+            return  # no job has begun
     from trd_megatron import planning
 
     output.print(planning.status(run_path))
@@ -531,10 +594,11 @@ def main() -> None:
                 sys.exit(2)
             fail(error.format_message(), 2)
         from trd_megatron.engine.base import EngineFailedError
+        from trd_megatron.launch.records import JobFailedError
         from trd_megatron.learner.job import LearnerFailedError
         from trd_megatron.nodes import NodeFailedError
 
-        if isinstance(error, EngineFailedError | LearnerFailedError | NodeFailedError):
+        if isinstance(error, EngineFailedError | LearnerFailedError | NodeFailedError | JobFailedError):
             fail(str(error), 1)
         if isinstance(error, OSError):
             full = "; free some and give the same command again" if error.errno == errno.ENOSPC else ""

@@ -303,6 +303,31 @@ class ClusterConfig:
     )
     gpu: str = opt("H100", "Which GPUs a node has, for `trd plan`.", choices=("A100-40GB", "A100", "H100", "H200", "B200"), layout=True)
     gpus_per_node: int = opt(8, "GPUs of a node.", layout=True)
+    trd: str = opt("trd", "How a job calls us, e.g. /shared/trd_megatron/.venv/bin/trd.", layout=True)
+    package: str = opt(
+        "installed",
+        "What a job runs. installed: what cluster.trd finds. git: the commit that you stand on, brought along.",
+        choices=("installed", "git"),
+        layout=True,
+    )
+    setup: list[str] = opt([], "Lines of shell before a job's command, e.g. [module load cuda].", layout=True)
+    env: dict[str, str] = opt({}, "Variables of every job. No secrets: these are written down.", layout=True)
+    secrets: list[str] = opt(
+        ["HF_TOKEN", "WANDB_API_KEY", "SGLANG_API_KEY"],
+        "Names of variables that jobs get by reference. slurm, local: from your environment; kubernetes: keys of cluster.secret_name.",
+        layout=True,
+    )
+    secret_name: str | None = opt(None, "kubernetes: the Secret that holds cluster.secrets (null: none is passed).", layout=True)
+    secrets_file: str | None = opt(None, "docker: a file of NAME=VALUE lines, mounted into the containers.", layout=True)
+    learner_image: str | None = opt(None, "Container of the jobs that train (docker/learner.Dockerfile).", layout=True)
+    rollout_image: str | None = opt(None, "Container of the jobs that generate (docker/rollout.Dockerfile).", layout=True)
+    mounts: list[str] = opt([], "SOURCE:TARGET in containers; kubernetes: CLAIM:TARGET, of persistent volume claims.", layout=True)
+    time_limit: str = opt("04:00:00", "slurm: of each job. It is asked to stop two minutes earlier, and put back.", layout=True)
+    partition: str | None = opt(None, "slurm.", layout=True)
+    account: str | None = opt(None, "slurm.", layout=True)
+    sbatch: dict[str, str] = opt({}, "slurm: further options of sbatch, e.g. {qos: high, reservation: r1}.", layout=True)
+    retries: int = opt(3, "slurm: times that a job that failed or ran out of time is put back into the queue.", layout=True)
+    namespace: str = opt("default", "kubernetes.", layout=True)
 
 
 @dataclass

@@ -30,6 +30,7 @@ from trd_megatron.errors import UserError
 MANIFEST = "manifest.json"
 LOCK = ".lock"
 SERVERS = "servers"  # logs of SGLang servers; `trd serve` makes it before there is a run
+LAUNCH = "launch"  # scripts and logs of a launched run's jobs; `trd launch` makes it before there is a run
 IN_ROUND = ("rollouts", "refined", "train", "adapter", "hf", "eval")  # folders that every round has
 RECORDED_VERSIONS = ("torch", "transformers", "megatron-core", "pyarrow", "math-verify")
 
@@ -125,7 +126,7 @@ class RunDir:
         self._work = self.path  # where the folders IN_ROUND lie
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run_dir={self.path} is a file: choose another run_dir=PATH")
-        if self.path.is_dir() and any(path.name not in (LOCK, SERVERS) and not _is_temporary(path) for path in self.path.iterdir()):
+        if self.path.is_dir() and any(path.name not in (LOCK, SERVERS, LAUNCH) and not _is_temporary(path) for path in self.path.iterdir()):
             if not self.config_file.exists():
                 raise UserError(f"run_dir={self.path} holds other files and no config.yaml: choose an empty run_dir=PATH")
             held = read_config(self.path).get("name")

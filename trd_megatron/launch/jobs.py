@@ -1,0 +1,127 @@
+"""The jobs of a launched run: which stages belong together, on how many nodes and GPUs, and what each job runs. Knows no scheduler."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trd_megatron.config import Config, ServersConfig, parse
+from trd_megatron.errors import UserError
+from trd_megatron.pipeline import GROUPS, Stage, wanted
+
+TOGETHER = (("prepare",), ("rollout",), ("refine",), ("train", "export"), ("evaluate", "report"))  # what is short goes with its neighbour
+SECRETS_PLACE = "/run/secrets/trd"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job. stages: as `trd node --stages` takes them. gpus: of each node. trains: it wants the learner's image, else the servers'."""
+
+    name: str
+    stages: tuple[str, ...]
+    nodes: int = 1
+    gpus: int = 0
+    trains: bool = False
+
+
+def jobs(config: Config, stages: Sequence[str] | None = None) -> list[Job]:
+    """All jobs in order, each to begin when the one before has ended well. stages: only those of these groups.
+
+    Raises UserError for a stage that the run does not have, and for ranks or servers that cannot be dealt evenly to nodes.
+    """
+    for name in stages or ():
+        if name not in GROUPS:
+            raise UserError(f"no stage '{name}': stages are {', '.join(GROUPS)}")
+    found = []
+    for number in range(config.rounds):
+        for groups in TOGETHER:
+            named = tuple(_named(config, number, groups, stages))
+            if named:
+                name = "-".join(part.replace("/", "-") for part in named[:1])
+                found.append(Job(name, named, *_size(config, groups[0]), groups[0] == "train"))
+    if not found:
+        raise UserError(f"{', '.join(stages or ())}: this run has no such stage")
+    return found
+
+
+def _named(config: Config, number: int, groups: Sequence[str], chosen: Sequence[str] | None) -> Iterator[str]:
+    """The stages of a round that the run has, as the command line names them."""
+    for group in groups:
+        of_group: list[Stage] = [stage for stage in wanted(config) if stage.group == group and number in stage.rounds_of(config)]
+        if of_group and (chosen is None or group in chosen):
+            several = config.rounds > 1 and any(stage.rounds == "each" for stage in of_group)
+            yield f"{number}/{group}" if several else group
+
+
+def _size(config: Config, group: str) -> tuple[int, int]:
+    """(nodes, GPUs of each)."""
+    if group == "train":
+        learner = config.learner
+        if learner.device != "cuda":
+            return 1, 0
+        nodes, gpus = _deal(config, "learner ranks", learner.ranks)
+        if gpus % learner.tensor_model_parallel_size:
+            raise UserError(
+                f"learner.tensor_model_parallel_size={learner.tensor_model_parallel_size} does not fit into a node's {gpus} ranks: "
+                "tensor parallelism stays inside a node"
+            )
+        return nodes, gpus
+    engine = config.engine
+    roles = {"rollout": ["student"], "refine": ["teacher" if config.teacher.path else "student"], "evaluate": ["student"]}.get(group, [])
+    if group == "evaluate" and config.evaluate.teacher:
+        roles.append("teacher")
+    if not roles or engine.device != "cuda" or (engine.kind == "sglang" and not engine.launch):
+        return 1, 0
+    if engine.kind == "local":
+        return 1, 1
+    sizes = {role: _servers(config, role, getattr(engine, role)) for role in roles}
+    nodes = max(count for count, _ in sizes.values())
+    if len({count for count, _ in sizes.values()}) > 1:
+        raise UserError(
+            f"engine.student and engine.teacher need {sizes['student'][0]} and {sizes['teacher'][0]} nodes in one job: make them equal"
+        )
+    return nodes, max(gpus for _, gpus in sizes.values())
+
+
+def _servers(config: Config, role: str, servers: ServersConfig) -> tuple[int, int]:
+    key = f"engine.{role}"
+    if servers.tensor_parallel_size > config.cluster.gpus_per_node:
+        raise UserError(
+            f"{key}.tensor_parallel_size={servers.tensor_parallel_size} is more than cluster.gpus_per_node={config.cluster.gpus_per_node}: "
+            "a server stays inside a node"
+        )
+    nodes, _ = _deal(
+        config, f"{key}: GPUs (data_parallel_size x tensor_parallel_size)", servers.data_parallel_size * servers.tensor_parallel_size
+    )
+    if servers.data_parallel_size % nodes:
+        raise UserError(
+            f"{key}.data_parallel_size={servers.data_parallel_size} servers cannot be dealt evenly to {nodes} nodes: choose a multiple"
+        )
+    return nodes, servers.data_parallel_size // nodes * servers.tensor_parallel_size
+
+
+def _deal(config: Config, what: str, total: int) -> tuple[int, int]:
+    """(nodes, GPUs of each) of so many GPUs."""
+    nodes = -(-total // config.cluster.gpus_per_node)
+    if total % nodes:
+        raise UserError(f"{total} {what} cannot be dealt evenly to {nodes} nodes of cluster.gpus_per_node={config.cluster.gpus_per_node}")
+    return nodes, total // nodes
+
+
+def script(config: Config, overrides: Sequence[str], job: Job, workdir: Path) -> str:
+    """What every node of a job runs, in bash. workdir: where the overrides' relative paths count from."""
+    cluster = config.cluster
+    lines = ["set -e", "export TERM=dumb COLUMNS=140  # srun's unbuffered output looks like a terminal"]
+    if cluster.secrets_file is not None:
+        lines += ["set -a", f". {SECRETS_PLACE}", "set +a"]
+    if cluster.package == "git":
+        lines.append("export PYTHONPATH=/nemo_run/code")  # NeMo-Run puts the folder's true place here, outside of containers
+    lines += [*cluster.setup, f"cd {shlex.quote(str(workdir))}"]
+    words = [*shlex.split(cluster.trd), "node", *_kept(config, overrides, workdir), "--stages", ",".join(job.stages)]
+    return "\n".join([*lines, f"exec {shlex.join(words)}"]) + "\n"
+
+
+def _kept(config: Config, overrides: Sequence[str], workdir: Path) -> list[str]:
+    """The user's settings; the run directory by its absolute path, and not the scheduler's."""
+    kept = [text for text in overrides if parse(text).key_or_group.split(".")[0] not in ("cluster", "run_dir")]
+    return [*kept, f"run_dir={(workdir / config.run_dir)}"]

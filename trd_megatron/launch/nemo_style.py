@@ -1,0 +1,52 @@
+"""From the configuration of a NeMo launcher to `trd launch` (tools/nemo_launcher.py)."""
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+KINDS = {"bcm": "slurm", "k8s": "kubernetes", "interactive": "local"}
+
+
+def arguments(values: Mapping[str, Any]) -> list[str]:
+    """The words after `trd launch`. Raises ValueError for a cluster.type that is none of KINDS."""
+    cluster = dict(values["cluster"])
+    kind = cluster.pop("type")
+    if kind not in KINDS:
+        raise ValueError(f"cluster.type={kind}: must be one of {', '.join(KINDS)}")
+    settings = {"experiment": values["experiment"], "cluster": KINDS[kind]}
+    settings |= {"run_dir": f"{values['base_results_dir']}/{values['experiment']}"} | values["overrides"]
+    settings |= {f"cluster.{key}": value for key, value in cluster.items() if value not in (None, {}, [])}
+    images = {"learner_image": values["container"], "rollout_image": values["rollout_container"] or values["container"]}
+    settings |= {f"cluster.{key}": image for key, image in images.items() if image is not None}
+    if values["container_mounts"]:
+        settings["cluster.mounts"] = values["container_mounts"]
+    if values["env_vars"]:
+        settings["cluster.env"] = values["env_vars"]
+    words = [f"{key}={_hydra(value)}" for key, value in settings.items()]
+    return [*words, "--stages", ",".join(values["stages"]), *(["--dry-run"] if values["dry_run"] else [])]
+
+
+def launch(values: Mapping[str, Any]) -> int:
+    """Runs `trd launch`; its exit code."""
+    try:
+        words = arguments(values)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return subprocess.run([sys.executable, "-m", "trd_megatron.cli", "launch", *words], check=False).returncode
+
+
+def _hydra(value: Any) -> str:
+    """A value as an override spells it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{_hydra(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "[" + ",".join(map(_hydra, value)) + "]"
+    if isinstance(value, str) and not value.replace("_", "").replace("-", "").replace(".", "").replace("/", "").isalnum():
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return str(value)

@@ -9,7 +9,7 @@ SGLANG_CPU := tools/sglang_cpu
 LAUNCH_VENV := .venv-launch
 LAUNCH_STAMP := $(LAUNCH_VENV)/.installed
 
-.PHONY: venv sglang-cpu launch-env quickstart smoke lab lab-full test acceptance check lock wheel clean help
+.PHONY: venv sglang-cpu launch-env quickstart smoke lab lab-full test test-slurm acceptance check lock wheel clean help
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -67,6 +67,10 @@ lab-full: lab ## The lab with OPD, LoRA and the negative control as well, and a 
 # Two files at a time, since many tests wait for servers or run on one core; the short ones last, so that both workers end together.
 test: venv ## Run the tests.
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-slurm: venv launch-env ## Install Slurm (Debian, as root), start it on this machine, and run the tests that launch on it.
+	command -v slurmctld >/dev/null || apt-get install -y slurm-wlm munge
+	$(VENV)/bin/python -m pytest tests/slurm
 
 acceptance: venv ## Run the quickstart twice and check what it promises: about seven minutes.
 	$(VENV)/bin/python -m pytest tests/acceptance -m acceptance

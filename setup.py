@@ -48,6 +48,9 @@ setup(
         "gpu": ["transformer-engine[pytorch]>=2.1"],  # built for the CUDA that torch has; apex comes with NVIDIA's images
         "bench": ["liger-kernel==0.8.5", "trl==1.16.0"],  # the peers of `trd bench kl`
         "code": ["evalplus==0.3.1", "nvidia-livecodebench==26.3"],  # humaneval_plus, mbpp_plus; and the peer of livecodebench's test
+        # Each in an environment of its own, see tools/launch/requirements.txt (make launch-env).
+        "launch": ["leptonai<0.47", "nemo-run[kubeflow]==0.11.1"],
+        "nemo": ["nemo-toolkit[core]==3.0.0"],
         "wandb": ["wandb>=0.31"],  # logging.wandb_project
         "dev": [
             "hypothesis>=6.150",

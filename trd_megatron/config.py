@@ -323,11 +323,11 @@ class ClusterConfig:
     rollout_image: str | None = opt(None, "Container of the jobs that generate (docker/rollout.Dockerfile).", layout=True)
     mounts: list[str] = opt([], "SOURCE:TARGET in containers; kubernetes: CLAIM:TARGET, of persistent volume claims.", layout=True)
     time_limit: str = opt("04:00:00", "slurm: of each job. It is asked to stop two minutes earlier, and put back.", layout=True)
-    partition: str | None = opt(None, "slurm.", layout=True)
-    account: str | None = opt(None, "slurm.", layout=True)
+    partition: str | None = opt(None, "slurm: partition of the jobs (null: Slurm's default).", layout=True)
+    account: str | None = opt(None, "slurm: account that pays (null: yours).", layout=True)
     sbatch: dict[str, str] = opt({}, "slurm: further options of sbatch, e.g. {qos: high, reservation: r1}.", layout=True)
     retries: int = opt(3, "slurm: times that a job that failed or ran out of time is put back into the queue.", layout=True)
-    namespace: str = opt("default", "kubernetes.", layout=True)
+    namespace: str = opt("default", "kubernetes: namespace of the TrainJobs.", layout=True)
 
 
 @dataclass

@@ -106,6 +106,18 @@ def _check_data(config: Config) -> None:
         raise UserError("data.test_problems must be 0 or above")
 
 
+def _check_cluster(config: Config) -> None:
+    cluster = config.cluster
+    if cluster.retries < 0:
+        raise UserError(f"cluster.retries={cluster.retries}: must be 0 or above")
+    for mount in cluster.mounts:
+        if ":" not in mount:
+            raise UserError(f"cluster.mounts: '{mount}' is not SOURCE:TARGET")
+    for name in cluster.env:
+        if name in cluster.secrets:
+            raise UserError(f"cluster.env.{name} would be written down: leave it out, cluster.secrets passes it by reference")
+
+
 def _check_evaluate(config: Config) -> None:
     held_out = "test" in config.evaluate.benchmarks
     if config.evaluate.teacher and (config.teacher.path is None or config.job != "distill"):
@@ -282,6 +294,7 @@ def check(config: Config) -> None:
         _check_data(config)
         _check_learner(config)
     _check_servers(config)
+    _check_cluster(config)
     divergence = config.method.divergence
     if not 0 < divergence.beta < 1:
         raise UserError(f"method.divergence.beta={divergence.beta}: must lie between 0 and 1, both excluded")

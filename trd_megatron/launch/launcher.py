@@ -15,6 +15,7 @@ from torchx.specs.api import AppState
 
 from trd_megatron.config import Config
 from trd_megatron.engine.base import API_KEY
+from trd_megatron.errors import UserError
 from trd_megatron.launch.executors import executor
 from trd_megatron.launch.jobs import Job, script
 from trd_megatron.launch.records import JobFailedError, Launched, LaunchedJob
@@ -32,15 +33,14 @@ def launch(config: Config, overrides: Sequence[str], jobs: Sequence[Job]) -> Lau
     launched = Launched(config.cluster.kind, folder, [])
     together = [list(jobs)] if config.cluster.kind == "slurm" else [[job] for job in jobs]
     for group in together:
-        with _experiment(config, overrides, group, folder) as experiment:
+        with _refusals(config.cluster.kind), _experiment(config, overrides, group, folder) as experiment:
             experiment.run(detach=config.cluster.kind == "slurm", tail_logs=config.cluster.kind != "slurm")
             for job, of_nemo in zip(group, experiment.jobs, strict=True):
                 launched.jobs.append(LaunchedJob(job.name, _app_id(of_nemo), job.stages, job.nodes, job.gpus, of_nemo.executor.job_dir))
             launched.write()
         if config.cluster.kind != "slurm" and experiment.jobs[0].state != AppState.SUCCEEDED:
-            raise JobFailedError(
-                f"job {group[0].name} failed ({experiment.jobs[0].state.name.lower()}); its log lies in {launched.jobs[-1].folder}"
-            )
+            state = experiment.jobs[0].state.name.lower()
+            raise JobFailedError(f"job {group[0].name} ended with {state}; its log lies in {launched.jobs[-1].folder}")
     return launched
 
 
@@ -95,6 +95,24 @@ def _experiment(config: Config, overrides: Sequence[str], jobs: Sequence[Job], f
                 task = nemo_run.Script(inline=text)
             before = [experiment.add(task, executor=executor(config.cluster, job, folder), name=job.name, dependencies=before)]
         yield experiment
+
+
+@contextlib.contextmanager
+def _refusals(kind: str) -> Iterator[None]:
+    """What a scheduler says against a job, as a UserError."""
+    from docker.errors import DockerException
+    from invoke.exceptions import UnexpectedExit
+    from kubernetes.client.rest import ApiException
+    from urllib3.exceptions import HTTPError
+
+    try:
+        yield
+    except UnexpectedExit as error:
+        raise UserError(f"{kind} refused: {' '.join(error.result.stderr.split())} (`{error.result.command}`)") from None
+    except ApiException as error:
+        raise UserError(f"{kind} refused: {error.status} {error.reason}: {' '.join(str(error.body).split())[:300]}") from None
+    except (DockerException, HTTPError) as error:
+        raise UserError(f"{kind} is not to be reached: {' '.join(str(error).split())[:300]}") from None
 
 
 def _app_id(job: Any) -> str:

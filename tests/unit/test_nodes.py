@@ -1,0 +1,101 @@
+"""Which node this is, and how the first asks the others."""
+
+import socket
+import threading
+from typing import Any
+
+import pytest
+
+from trd_megatron import nodes
+from trd_megatron.errors import UserError
+from trd_megatron.nodes import Leader, NodeFailedError, Place
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, Place()),
+        ({"TRD_NODE_RANK": "0", "TRD_NODES": "1"}, Place()),
+        ({"TRD_NODE_RANK": "1", "TRD_NODES": "2", "TRD_HEAD": "a", "TRD_PORT": "5"}, Place(1, 2, "a", 5)),
+        ({"SLURM_NODEID": "3", "SLURM_STEP_NUM_NODES": "4", "TRD_HEAD": "n0"}, Place(3, 4, "n0")),
+        ({"SLURM_NODEID": "0", "SLURM_STEP_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n0"}, Place()),
+        ({"SLURM_NODEID": "0"}, Place()),  # not in a step
+        ({"PET_NODE_RANK": "1", "PET_NNODES": "2", "PET_MASTER_ADDR": "pod-0"}, Place(1, 2, "pod-0")),
+        (
+            {"TRD_NODE_RANK": "0", "TRD_NODES": "2", "TRD_HEAD": "a", "SLURM_NODEID": "1", "SLURM_STEP_NUM_NODES": "2"},
+            Place(0, 2, "a"),
+        ),
+    ],
+)
+def test_the_place_comes_from_the_scheduler(variables: dict[str, str], place: Place) -> None:
+    assert Place.find(variables) == place
+
+
+@pytest.mark.parametrize(
+    ("variables", "complaint"),
+    [
+        ({"TRD_NODE_RANK": "2", "TRD_NODES": "2", "TRD_HEAD": "a"}, "none of the nodes 0 to 1"),
+        ({"TRD_NODE_RANK": "x", "TRD_NODES": "2", "TRD_HEAD": "a"}, "whole numbers"),
+        ({"TRD_NODE_RANK": "0", "TRD_NODES": "2"}, "TRD_HEAD"),
+    ],
+)
+def test_variables_that_do_not_fit_are_refused(variables: dict[str, str], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        Place.find(variables)
+
+
+def test_an_address_leads_to_its_interface() -> None:
+    assert nodes.interface_of("127.0.0.1") == "lo"
+    assert nodes.interface_of("203.0.113.7") is None
+
+
+def test_the_leader_asks_and_every_other_node_answers_in_order() -> None:
+    port = _free_port()
+    ended: list[int] = []
+
+    def follower(rank: int) -> None:
+        def add(asked: dict[str, Any], check: Any) -> int:
+            check()
+            return int(asked["a"]) + rank
+
+        def fail(asked: dict[str, Any], check: Any) -> None:
+            raise UserError(f"no such thing on {rank}")
+
+        nodes.follow(Place(rank, 3, "127.0.0.1", port), {"add": add, "fail": fail}, lambda: None)
+        ended.append(rank)
+
+    threads = [threading.Thread(target=follower, args=(rank,)) for rank in (1, 2)]
+    for thread in threads:
+        thread.start()
+    leader = Leader(Place(0, 3, "127.0.0.1", port))
+    first, second = leader.ask("add", a=10), leader.ask("add", a=20)
+    assert leader.answers(second, 20) == [21, 22]
+    assert leader.answers(first, 20) == [11, 12]
+    with pytest.raises(NodeFailedError, match="node 1: no such thing on 1"):
+        leader.answers(leader.ask("fail"), 20)
+    leader.end()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(ended) == [1, 2]
+
+
+def test_a_node_that_never_answers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "MEET_S", 1.0)
+    with pytest.raises(NodeFailedError, match=r"here/1"):
+        Leader(Place(0, 2, "127.0.0.1", _free_port()))
+    with pytest.raises(NodeFailedError, match="node 1 of 2 does not reach node 0"):
+        nodes.follow(Place(1, 2, "127.0.0.1", _free_port()), {}, lambda: None)
+
+
+def test_only_what_can_be_dealt_evenly_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert nodes.share("x", 3) == 3
+    monkeypatch.setattr(nodes, "members", 2)
+    assert nodes.share("x", 4) == 2
+    with pytest.raises(UserError, match="x=3 cannot be dealt evenly to 2 nodes"):
+        nodes.share("x", 3)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

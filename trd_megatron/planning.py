@@ -12,21 +12,22 @@ from rich.text import Text
 
 from trd_megatron import preflight
 from trd_megatron.builtin_models import resolve_model
+from trd_megatron.capacity import plan
+from trd_megatron.capacity.memory import BYTES
+from trd_megatron.capacity.models import KNOWN, is_here, shape
 from trd_megatron.chat import Chat, coloured, sequence
 from trd_megatron.config import Config, from_dict
-from trd_megatron.convert.architecture import Architecture
 from trd_megatron.data import sources
 from trd_megatron.errors import UserError
 from trd_megatron.evaluate import benchmarks
 from trd_megatron.learner.checkpoint_files import saved_steps
 from trd_megatron.learner.stack import precision
-from trd_megatron.pipeline import works
+from trd_megatron.pipeline import wanted, works
 from trd_megatron.prompts import student_prompt
 from trd_megatron.run_dir import Manifest, RunDir, read_config
 from trd_megatron.stages import prepare, supervise
 from trd_megatron.stages.train import build_samples
 
-BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 MEANING = {
     "done": "[green]cached[/green], would be skipped",
     "running": "[yellow]begun[/yellow], would go on",
@@ -59,40 +60,37 @@ def _settings_line(config: Config, stage: str) -> str:
 def tables(config: Config) -> Iterator[RenderableType]:
     """Stages and their state; sizes, memory and disk. Raises UserError as the run itself would."""
     run_dir = RunDir(config.run_dir, config.name)
-    for path in (config.model.path, config.teacher.path):
-        if path is not None:
+    paths = [path for path in (config.model.path, config.teacher.path) if path is not None]
+    away = [path for path in paths if path in KNOWN and not is_here(path)]
+    for path in paths:
+        if path not in away:
             resolve_model(path, download=False)
-    preflight.check_inputs(config)
+    if not away:
+        preflight.check_inputs(config)
     stages = Table("stage", "state", "works with", title=f"{config.name} in {run_dir.path}")
-    for work in works(config, run_dir):
+    if away:  # what is done cannot be told: it depends on the models' files
+        for stage in wanted(config):
+            stages.add_row(stage.name, "", _settings_line(config, stage.name))
+    for work in [] if away else works(config, run_dir):
         stages.add_row(work.name, MEANING[work.folder.state()], _settings_line(config, work.stage.name))
     yield stages
+    if away:
+        yield Text(
+            f"{', '.join(away)}: not downloaded yet; the sizes below are of the published configuration, and what is done is not shown."
+        )
     if config.job == "evaluate":  # the sizes are those of training
         return
     yield _needs(config, run_dir)
+    yield from plan.tables(config)
 
 
 def _needs(config: Config, run_dir: RunDir) -> Table:
-    """Memory and disk from first principles; activations are left out, they depend on the packing."""
-    student = Architecture.from_hf(resolve_model(config.model.path))
-    teacher = Architecture.from_hf(resolve_model(config.teacher.path)) if config.teacher.path else student
+    """Sizes of models and of the disk; memory is in capacity/."""
+    student = shape(config.model.path)
+    teacher = shape(config.teacher.path) if config.teacher.path else student
     learner, engine = config.learner, config.engine
-    tp = learner.tensor_model_parallel_size
-    width = BYTES[learner.dtype]
     full = learner.trainable == "full"
     trained = student.parameter_count() if full else student.adapter_parameters(learner.lora.rank, learner.lora.targets)
-    # Full training in OPSD keeps a frozen copy of the starting weights as the teacher.
-    second = config.job == "distill" and (config.teacher.path is not None or full) and not learner.teacher_offload
-    ends = teacher.vocab_size * teacher.hidden_size * (1 if teacher.tied_embeddings else 2)  # these stay where they are used
-    held = student.parameter_count() + (teacher.parameter_count() if second else ends if learner.teacher_offload else 0)
-    # Under sequence parallelism or not, A of a column layer and B of a row layer are replicated; counting all as cut is a lower bound.
-    # Gradients on every rank; two moments (and in half precision a float32 copy) dealt over the data-parallel ranks.
-    state = 12 if width < 4 else 8 if width == 4 else 16
-    sharers = learner.data_parallel_size * learner.context_parallel_size
-    # Megatron's optimizer, for full training on GPUs, adds gradients up in float32.
-    gradient = max(width, 4) if learner.device == "cuda" else width
-    trained_bytes = trained * (gradient if full else max(width, 4) * 2) + trained * state / sharers
-    learner_bytes = held * width / tp + trained_bytes / tp + 2 * learner.kl_chunk_tokens * student.padded_vocab_size(tp) / tp * 4
     generating = (config.rollout, config.refine, config.evaluate) if config.job == "distill" else (config.evaluate,)
     longest = max(section.max_prompt_tokens + section.max_response_tokens for section in generating)
     cache = 2 * teacher.num_layers * teacher.num_query_groups * teacher.head_dim * BYTES[engine.dtype] * longest * engine.batch_size
@@ -120,17 +118,9 @@ def _needs(config: Config, run_dir: RunDir) -> Table:
         manifest = Manifest.read(run_dir.problems)
         if manifest is not None and manifest.status == "done":
             table.add_row("problems", f"{manifest.counts['train_problems']}", f"{manifest.counts['test_problems']} held out")
-    table.add_row(
-        "memory per learner rank",
-        f"at least {gib(learner_bytes)}",
-        "weights, what is trained, optimizer, one chunk of logits; activations come on top",
-    )
     if engine.kind == "local":
         note = f"weights and the cache of {engine.batch_size} sequences of full length"
         table.add_row("memory of the engine", f"at most {gib(served + cache)}", note)
-    else:
-        note = "of all its GPUs, for the larger model's weights; the KV cache takes what SGLang leaves it (mem_fraction_static)"
-        table.add_row("memory of one server", f"at least {gib(served)}", note)
     if learner.device == "cuda":
         table.add_row("GPUs for the learner", f"{learner.ranks}", f"this machine has {torch.cuda.device_count()}")
     else:

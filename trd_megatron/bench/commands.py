@@ -339,3 +339,43 @@ def bench_grade(
             write_json(out / "bench_grade.json", {"versions": record.versions(LIBRARIES), "machine": record.machine("cpu")} | figures)
     output.print(table)
     console.print(f"figures: {out / 'bench_grade.json'}", highlight=False)
+
+
+@app.command("memory")
+def bench_memory(
+    only: Annotated[str | None, typer.Option(metavar="WORDS", help="Only the cases that have these words in their name.")] = None,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where bench_memory.json goes.")] = Path("runs/bench_memory"),
+) -> None:
+    """What `trd plan` predicts of a learner rank's memory, beside what the learner's ranks really took at most.
+
+    Small random models of several shapes are trained for three steps, on the CPU. The planner's two fitted constants come from
+    cases that are not held out. About five minutes, up to 5 GB of memory.
+
+    [bold]Examples[/bold]
+
+      trd bench memory
+
+      trd bench memory --only "every parameter"
+    """
+    from rich.table import Table
+
+    from trd_megatron.bench import record
+    from trd_megatron.capacity import check
+    from trd_megatron.run_dir import write_json
+
+    cases = [case for case in check.CASES if only is None or only in case.name]
+    record.prepare(out, "cpu")
+    table = Table("case", "held out", "measured, GiB", "predicted, GiB", "error", title=f"Peak memory of a rank; bound {check.BOUND:.0%}")
+    figures: list[dict[str, Any]] = []
+    for found in check.check(cases):
+        measured, predicted = found.measured / 2**30, found.predicted.total / 2**30
+        held_out = "yes" if found.case.held_out else ""
+        table.add_row(found.case.name, held_out, f"{measured:.2f}", f"{predicted:.2f}", f"{100 * found.error:+.1f} %")
+        console.print(f"{found.case.name}: measured {measured:.2f} GiB, predicted {predicted:.2f}", highlight=False)
+        figures.append({"case": found.case.name, "held_out": found.case.held_out, "measured_gib": measured, "predicted_gib": predicted})
+        write_json(out / "bench_memory.json", {"versions": record.versions(("torch", "megatron-core")), "machine": record.machine("cpu"),
+                                               "cases": figures})  # fmt: skip
+    output.print(table)
+    console.print(f"figures: {out / 'bench_memory.json'}", highlight=False)
+    if any(abs(figure["predicted_gib"] / figure["measured_gib"] - 1) > check.BOUND for figure in figures):
+        fail(f"a prediction is off by more than {check.BOUND:.0%}", 1)

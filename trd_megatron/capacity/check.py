@@ -1,7 +1,7 @@
 """The memory model held against the real learner: `trd bench memory` trains small random models for a few steps and reads the ranks' peaks.
 
-BOUND was fixed before anything was measured, and so was which cases memory.py's two constants (RUNTIME, SLACK of the CPU) may be fitted to; the
-others are held out of that.
+BOUND was fixed before anything was measured, and so was which cases memory.py's two constants (RUNTIME, SLACK of the CPU) may be fitted to;
+the others are held out of that.
 """
 
 import random
@@ -24,7 +24,13 @@ STEPS = 3
 COMMON = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 SMALL = COMMON | {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 32_000}
 TALL = COMMON | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "vocab_size": 8_000, "num_attention_heads": 12}
-TEACHER = COMMON | {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 10, "vocab_size": 32_000, "tie_word_embeddings": False}
+TEACHER = COMMON | {
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 10,
+    "vocab_size": 32_000,
+    "tie_word_embeddings": False,
+}
 WIDE = COMMON | {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "vocab_size": 151_936}  # Qwen3's vocabulary
 
 
@@ -109,11 +115,11 @@ def _check(case: Case, place: Path) -> Checked:
     write_parquet(folder / SAMPLES, rows, SAMPLE)
     Job(to_dict(config), str(student), None if teacher is None else str(teacher), [1, 2]).write(folder)
     peaks = [metrics["memory_gib"] for metrics in run_ranks(folder, learner)]
-    together = min(learner.max_tokens_per_micro_batch // (max(case.prompts) + case.response), -(-case.samples // learner.data_parallel_size))
-    held = Load(together * (of_student + case.response), together * case.response)
-    predicted = learner_memory(
-        learner, Architecture.from_hf(student), None if teacher is None else Architecture.from_hf(teacher), held
+    together = min(
+        learner.max_tokens_per_micro_batch // (max(case.prompts) + case.response), -(-case.samples // learner.data_parallel_size)
     )
+    held = Load(together * (of_student + case.response), together * case.response)
+    predicted = learner_memory(learner, Architecture.from_hf(student), None if teacher is None else Architecture.from_hf(teacher), held)
     return Checked(case, predicted, peaks[-1] * 2**30)
 
 

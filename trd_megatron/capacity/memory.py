@@ -1,7 +1,7 @@
 """Memory of one learner rank, counted tensor by tensor.
 
-At the highest moment a rank holds what is there all the time (weights, adapters, gradients, optimizer), what forward keeps for backward, and
-the largest of what comes and goes: one chunk of logits, one layer's backward, the optimizer's own. Shape letters: T tokens of a
+At the highest moment a rank holds what is there all the time (weights, adapters, gradients, optimizer), what forward keeps for backward,
+and the largest of what comes and goes: one chunk of logits, one layer's backward, the optimizer's own. Shape letters: T tokens of a
 micro-batch that a rank holds, R of them that predict a response token, H hidden, A = heads x head_dim, K = key/value heads x head_dim,
 F = MLP columns, V vocabulary rows of a rank, r LoRA rank, b bytes of a number. `trd bench memory` holds it against measured peaks.
 """
@@ -16,8 +16,8 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 # Fixed costs of a rank. cpu: interpreter, PyTorch, Megatron and gloo as Linux counts resident pages. cuda: context, NCCL's buffers, cuBLAS'
 # workspaces; assumed.
 RUNTIME = {"cpu": 0.54 * 2**30, "cuda": 2.0 * 2**30}
-# What allocators hold over what is asked for, of what comes and goes. cpu: glibc, which cuts freed blocks up (with MALLOC_MMAP_THRESHOLD_ set it
-# is next to nothing, and a step takes a quarter longer); fitted. cuda: PyTorch's caching allocator; assumed.
+# What allocators hold over what is asked for, of what comes and goes. cpu: glibc, which cuts freed blocks up (with MALLOC_MMAP_THRESHOLD_
+# at 4 MiB it is next to nothing, and a step takes a quarter longer); fitted. cuda: PyTorch's caching allocator; assumed.
 SLACK = {"cpu": 0.6, "cuda": 0.08}
 _BUCKET = 32 * 2**20  # numbers that one collective of optimizer.py sends
 _PROJECTIONS_OF = {  # fused layer -> (projections, column-parallel)
@@ -59,7 +59,9 @@ class Memory:
         return lasting + max(self.activations + self.hidden + max(self.chunk, self.layer), self.update) + self.slack
 
 
-def learner_memory(learner: LearnerConfig, student: Architecture, teacher: Architecture | None, load: Load, *, supervised: bool = False) -> Memory:
+def learner_memory(
+    learner: LearnerConfig, student: Architecture, teacher: Architecture | None, load: Load, *, supervised: bool = False
+) -> Memory:
     """Of the rank that holds most. teacher None: the student itself (OPSD), or nobody when `supervised`."""
     b, tp, cuda = BYTES[learner.dtype], learner.tensor_model_parallel_size, learner.device == "cuda"
     full = learner.trainable == "full"
@@ -141,8 +143,8 @@ def _activations(learner: LearnerConfig, a: Architecture, tokens: int, b: int) -
     cut = tp if learner.sequence_parallel else 1  # of what lies between the tensor-parallel regions
     hidden, ffn = a.hidden_size / cut, a.mlp_columns * (1 if a.experts is None else a.experts.per_token) / tp
     queries, keys = a.num_attention_heads * a.head_dim / tp, a.num_query_groups * a.head_dim / tp
-    # Input and its norm; q, k, v as the layer gives them; q for its norm; rotated q and k; the output, as attention keeps it and as the next
-    # product does; sines and cosines, of q and of k.
+    # Input and its norm; q, k, v as the layer gives them; q for its norm; rotated q and k; the output, as attention keeps it and as the
+    # next product does; sines and cosines, of q and of k.
     attention = 2 * hidden + 5 * queries + 3 * keys + 4 * a.head_dim
     # Input and its norm; gate and up; silu(gate), up and their product, of which SwiGLU in one kernel keeps the product alone.
     mlp = 2 * hidden + (3 if cuda else 5) * ffn

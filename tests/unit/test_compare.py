@@ -171,6 +171,23 @@ def test_settings_that_differ_make_sections(make: Make, tmp_path: Path) -> None:
     assert layouts == [{"learner.data_parallel_size": 1}, {"learner.data_parallel_size": 2}]
 
 
+def test_filters_are_rows_against_the_row_without(make: Make, tmp_path: Path) -> None:
+    paths = [make("forward_kl", 0), make("trd", 0)]
+    for method, name, chosen in (("trd", "fail", "fail"), ("reverse_kl", "succ", "succ")):
+        paths.append(make(method, 0, at=name))
+        file = paths[-1] / "config.yaml"
+        file.write_text(file.read_text().replace("filter: all", f"filter: {chosen}"))
+    found, markdown, page = compared(paths, tmp_path / "out")
+    [section] = found["sections"]
+    assert list(section["methods"]) == ["forward_kl", "reverse_kl (succ)", "trd", "trd (fail)"]
+    rows = section["benchmarks"][0]["methods"]
+    assert [rows[name]["against"] for name in rows] == ["base", "base", "base", "trd"]
+    gap = rows["trd (fail)"]["avg_at_k"] - rows["trd"]["avg_at_k"]
+    assert rows["trd (fail)"]["delta"]["avg_at_k"] == pytest.approx(gap)
+    assert section["benchmarks"][0]["against_best"]["avg_at_k"]["method"] in ("forward_kl", "reverse_kl (succ)")
+    assert "trd (fail)" in markdown and "trd (fail)" in page
+
+
 def test_held_out_problems_may_be_others_under_another_seed(make: Make, tmp_path: Path) -> None:
     paths = [make("trd", 0), make("trd", 1)]
     for model in ("base", "student"):

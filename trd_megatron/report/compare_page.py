@@ -133,7 +133,10 @@ def markdown(found: Mapping[str, Any]) -> str:
             cells = [_score(line["rows"][label][metric]) for line in part["benchmarks"] for metric in METRICS]
             lines.append(_row(_cell(label), cells))
         lines.append("")
-    lines.append("In brackets: points against the base, and their 95 % confidence interval over problems. Bold: best as shown.")
+    lines.append(
+        "In brackets: points against the base, of rows with a filter against the row without, and their 95 % confidence interval over "
+        "problems. Bold: best as shown."
+    )
     return "\n".join(lines) + "\n"
 
 

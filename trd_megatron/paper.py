@@ -1,9 +1,14 @@
 """Which row of the paper's tables a configuration is, and where it departs from that row."""
 
 from trd_megatron.config import Config, get, leaves, load
-from trd_megatron.errors import UserError
 
-PRESETS = ("opd_qwen3_1_7b", "opd_qwen3_4b_instruct", "opsd_qwen3_4b_instruct", "opsd_qwen3_8b")  # of conf/experiment
+PRESETS = {  # (mode, student) -> its file in conf/experiment
+    ("opd", "Qwen3-1.7B"): "opd_qwen3_1_7b",
+    ("opd", "Qwen3-4B-Instruct-2507"): "opd_qwen3_4b_instruct",
+    ("opsd", "Qwen3-4B-Instruct-2507"): "opsd_qwen3_4b_instruct",
+    ("opsd", "Qwen3-8B"): "opsd_qwen3_8b",
+}
+TEACHERS = {"opd": "Qwen3-8B", "opsd": None}
 METHODS = {
     "forward_kl": "Forward KL", "forward_kl_clip": "Forward KL w/ Clip", "reverse_kl": "Reverse KL",
     "reverse_kl_topk": "Reverse KL w/ Top-K", "trd": "TRD",
@@ -13,32 +18,40 @@ FILTERED = {("forward_kl", "fail"): 6, ("forward_kl", "succ"): 6, ("reverse_kl",
 OWN = ("name", "seed", "data.path", "evaluate.teacher")  # may differ in the same row
 
 
+def _model(path: str | None) -> str | None:
+    """Qwen3-8B of a hub id or of a folder of that name."""
+    return None if path is None else path.rstrip("/").rpartition("/")[2]
+
+
 def preset(config: Config) -> str | None:
-    """The preset that the configuration comes from; None: another experiment, which has nothing to do with the paper's tables."""
-    return next((name for name in PRESETS if config.name == f"{name}_{config.task}"), None)
+    """The preset with this student, mode and teacher; None: the paper trains no such student."""
+    if config.job != "distill" or _model(config.teacher.path) != TEACHERS[config.mode]:
+        return None
+    return PRESETS.get((config.mode, _model(config.model.path) or ""))
 
 
 def row(config: Config) -> str | None:
-    """e.g. "tables 1 and 2: OPD, math, +TRD". None: such a combination is in none of the paper's tables."""
-    name, method = preset(config), config.method.name
-    if name is None or method not in METHODS or (config.mode == "opsd" and config.task != "math"):
+    """e.g. "tables 1 and 2: OPD, Qwen3-1.7B, math, TRD". None: such a combination is in none of the paper's tables."""
+    name, method, filtered = preset(config), config.method.name, config.data.filter
+    if name is None or method not in METHODS or config.task not in (("math", "code") if config.mode == "opd" else ("math",)):
         return None
-    where = f"{config.mode.upper()}, {config.task}, +{METHODS[method]}"
-    if config.data.filter == "all":
-        return f"tables {'1 and 2' if config.mode == 'opd' else '3 and 4'}: {where}"
-    table = FILTERED.get((method, config.data.filter)) if name == "opsd_qwen3_8b" else None
-    return None if table is None else f"table {table}: {where} ({config.data.filter.replace('_', ' ')})"
+    where = f"{config.mode.upper()}, {_model(config.model.path)}, {config.task}, {METHODS[method]}"
+    if filtered != "all":
+        table = FILTERED.get((method, filtered)) if name == "opsd_qwen3_8b" else None
+        return None if table is None else f"table {table}: {where} ({filtered.replace('_', ' ')})"
+    tables = "1 and 2" if config.mode == "opd" else "3 and 4"
+    if method == "trd" and config.task == "math" and name.endswith("4b_instruct"):
+        tables = tables.replace(" and ", ", ") + " and 5"
+    return f"tables {tables}: {where}"
 
 
 def departures(config: Config) -> list[str]:
-    """Settings that change results and differ from those of the preset's row, as KEY=VALUE."""
-    name = preset(config)
-    if name is None:
+    """Settings that change results and differ from those of the configuration's row, as KEY=VALUE; none if it is no row."""
+    if row(config) is None:
         return []
-    try:
-        theirs = load([f"experiment={name}", f"task={config.task}", f"method={config.method.name}", f"data.filter={config.data.filter}"])
-    except UserError:  # a method of the user's own
-        return [f"method={config.method.name}"]
+    theirs = load(
+        [f"experiment={preset(config)}", f"task={config.task}", f"method={config.method.name}", f"data.filter={config.data.filter}"]
+    )
     return [
         f"{key}={get(config, key)}"
         for key, field in leaves()
@@ -48,8 +61,7 @@ def departures(config: Config) -> list[str]:
 
 def describe(config: Config) -> str | None:
     """One line for plans, runs and reports; None for experiments that have nothing to do with the tables."""
-    if preset(config) is None:
-        return None
     found, others = row(config), departures(config)
-    text = f"the paper's {found}" if found is not None else "not in the paper"
-    return f"{text}, but {', '.join(others)}" if found is not None and others else text
+    if found is None:
+        return "not in the paper" if config.name in {f"{name}_{config.task}" for name in PRESETS.values()} else None
+    return f"the paper's {found}" + (f", but {', '.join(others)}" if others else "")

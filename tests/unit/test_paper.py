@@ -8,7 +8,11 @@ import pytest
 from trd_megatron import paper, sweep
 from trd_megatron.config import Config, get, load, options
 
-METHODS = ("forward_kl", "forward_kl_clip", "reverse_kl", "reverse_kl_topk", "trd")
+NAMES = {  # as the tables have them
+    "forward_kl": "Forward KL", "forward_kl_clip": "Forward KL w/ Clip", "reverse_kl": "Reverse KL",
+    "reverse_kl_topk": "Reverse KL w/ Top-K", "trd": "TRD",
+}  # fmt: skip
+METHODS = tuple(NAMES)
 ROWS = [
     *((name, task) for name in ("opd_qwen3_1_7b", "opd_qwen3_4b_instruct") for task in ("math", "code")),
     ("opsd_qwen3_4b_instruct", "math"),
@@ -70,12 +74,14 @@ def test_every_row_has_the_recipes_numbers(name: str, task: str, method: str) ->
     assert config.student.chat_template_kwargs == THINKS[student]
     assert config.teacher.chat_template_kwargs == (THINKS["qwen3_8b"] if mode == "opd" else THINKS[student])
     found = paper.row(config)
-    assert found is not None and found.startswith("tables 1 and 2: OPD" if mode == "opd" else "tables 3 and 4: OPSD")
+    five = method == "trd" and student == "qwen3_4b_instruct" and task == "math"
+    tables = {"opd": "1, 2 and 5" if five else "1 and 2", "opsd": "3, 4 and 5" if five else "3 and 4"}[mode]
+    assert found == f"tables {tables}: {mode.upper()}, {STUDENTS[student].removeprefix('Qwen/')}, {task}, {NAMES[method]}"
     assert paper.departures(config) == []
 
 
 def test_there_are_no_other_presets_of_the_paper() -> None:
-    assert {name for name, _ in ROWS} == set(paper.PRESETS) == {name for name in options("experiment") if name.startswith("op")}
+    assert {name for name, _ in ROWS} == set(paper.PRESETS.values()) == {name for name in options("experiment") if name.startswith("op")}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +90,11 @@ def test_there_are_no_other_presets_of_the_paper() -> None:
 def test_filters_are_rows_of_tables_of_their_own(method: str, filters: str, table: int) -> None:
     for chosen in filters.split(","):
         place = paper.row(_row("opsd_qwen3_8b", "math", method, f"data.filter={chosen}"))
-        assert place is not None and place.startswith(f"table {table}: OPSD, math") and place.endswith(f"({chosen.replace('_', ' ')})")
+        assert (
+            place is not None
+            and place.startswith(f"table {table}: OPSD, Qwen3-8B, math, ")
+            and place.endswith(f"({chosen.replace('_', ' ')})")
+        )
         assert paper.row(_row("opsd_qwen3_4b_instruct", "math", method, f"data.filter={chosen}")) is None
 
 
@@ -93,7 +103,11 @@ def test_other_combinations_run_and_are_marked() -> None:
     assert paper.describe(_row("opsd_qwen3_8b", "math", "forward_kl_clip", "data.filter=fail")) == "not in the paper"
     assert paper.describe(_row("opsd_qwen3_8b", "math", "reverse_kl_top8")) == "not in the paper"
     changed = _row("opsd_qwen3_8b", "math", "trd", "learner.learning_rate=1e-5", "engine.student.data_parallel_size=16", "seed=3")
-    assert paper.describe(changed) == "the paper's tables 3 and 4: OPSD, math, +TRD, but learner.learning_rate=1e-05"
+    assert paper.describe(changed) == "the paper's tables 3 and 4: OPSD, Qwen3-8B, math, TRD, but learner.learning_rate=1e-05"
+    local = load(["experiment=opsd_qwen3_8b", "name=mine", "model.path=/models/Qwen3-8B"])
+    assert paper.describe(local) == "the paper's tables 3 and 4: OPSD, Qwen3-8B, math, TRD, but model.path=/models/Qwen3-8B"
+    for other in (["model.path=Qwen/Qwen3-32B"], ["mode=opd", "teacher.path=Qwen/Qwen3-32B"], ["job=sft"], ["method.name=mine"]):
+        assert paper.describe(load(["experiment=opsd_qwen3_8b", *other])) == "not in the paper"
     assert paper.describe(load(["experiment=smoke"])) is None
 
 
@@ -101,7 +115,7 @@ def test_the_rows_can_be_swept(tmp_path: Path) -> None:
     words = ["experiment=opd_qwen3_1_7b,opd_qwen3_4b_instruct", "task=math,code", f"method={','.join(METHODS)}", f"run_dir={tmp_path}"]
     _, members = sweep.members(words)
     assert len({member.label for member in members}) == len(members) == 20
-    assert all((paper.row(member.config) or "").startswith("tables 1 and 2") for member in members)
+    assert all((paper.row(member.config) or "").startswith(("tables 1 and 2:", "tables 1, 2 and 5:")) for member in members)
     assert {member.config.name for member in members} == {
         "opd_qwen3_1_7b_math", "opd_qwen3_1_7b_code", "opd_qwen3_4b_instruct_math", "opd_qwen3_4b_instruct_code",
     }  # fmt: skip

@@ -177,15 +177,26 @@ def test_filters_are_rows_against_the_row_without(make: Make, tmp_path: Path) ->
         paths.append(make(method, 0, at=name))
         file = paths[-1] / "config.yaml"
         file.write_text(file.read_text().replace("filter: all", f"filter: {chosen}"))
-    found, markdown, page = compared(paths, tmp_path / "out")
+    found, page, markdown = compared(paths, tmp_path / "out")
     [section] = found["sections"]
     assert list(section["methods"]) == ["forward_kl", "reverse_kl (succ)", "trd", "trd (fail)"]
     rows = section["benchmarks"][0]["methods"]
     assert [rows[name]["against"] for name in rows] == ["base", "base", "base", "trd"]
     gap = rows["trd (fail)"]["avg_at_k"] - rows["trd"]["avg_at_k"]
     assert rows["trd (fail)"]["delta"]["avg_at_k"] == pytest.approx(gap)
-    assert section["benchmarks"][0]["against_best"]["avg_at_k"]["method"] in ("forward_kl", "reverse_kl (succ)")
-    assert "trd (fail)" in markdown and "trd (fail)" in page
+    # The row says what its difference is taken from; without that row it is the base, and nothing is said.
+    for text in (page, markdown):
+        assert "trd (fail), Δ against trd" in text and "reverse_kl (succ), Δ" not in text.replace("\\_", "_")
+    assert "| trd (fail), Δ against trd | **100.0** (0.0) |" in markdown
+
+
+def test_a_filter_is_no_baseline(make: Make, tmp_path: Path) -> None:
+    paths = [make("trd", 0), make("reverse_kl", 0), make("forward_kl", 0, at="better")]  # reverse_kl passes 2 of 6, forward_kl 4
+    file = paths[-1] / "config.yaml"
+    file.write_text(file.read_text().replace("filter: all", "filter: succ"))
+    [table] = compared(paths, tmp_path / "out")[0]["sections"][0]["benchmarks"]
+    assert table["methods"]["forward_kl (succ)"]["avg_at_k"] > table["methods"]["reverse_kl"]["avg_at_k"]
+    assert table["against_best"]["avg_at_k"]["method"] == "reverse_kl"
 
 
 def test_held_out_problems_may_be_others_under_another_seed(make: Make, tmp_path: Path) -> None:

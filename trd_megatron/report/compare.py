@@ -326,7 +326,7 @@ def _benchmark(name: str, methods: Mapping[str, Sequence[Run]]) -> dict[str, Any
         }
     if taught:
         table["teacher"] = Scores({seed: asked.read(run, "teacher") for seed, run in taught.items()}).figures()
-    others = [method for method in students if unfiltered(method) != OURS]
+    others = [method for method in students if method != OURS and method == unfiltered(method)]
     if OURS in students and others:
         table["against_best"] = {}
         for metric in METRICS:

@@ -15,7 +15,7 @@ import pytest
 
 from tests.unit.test_cli import trd
 from tests.unit.test_report import SCRIPT, make_run, row
-from trd_megatron.config import MethodConfig, TeacherConfig, to_dict
+from trd_megatron.config import MethodConfig, TeacherConfig, load, to_dict
 from trd_megatron.errors import UserError
 from trd_megatron.evaluate.metrics import intervals
 from trd_megatron.records import TRAJECTORY
@@ -245,6 +245,19 @@ def test_opd_opsd_and_the_teacher(make: Make, tmp_path: Path) -> None:
     assert scores == pytest.approx([500 / 6, 50.0, 100.0, 100.0])
     assert found["sections"][0]["benchmarks"][0]["teacher"]["avg_at_k"] == pytest.approx(500 / 6)
     assert "OPD, OPSD and teacher" in page and "| Teacher | 83.3 |" in markdown
+
+
+def test_the_papers_presets_of_both_modes_make_table_5(make: Make, tmp_path: Path) -> None:
+    """They differ in more than the teacher: in the budget of what it is shown when it refines."""
+    presets = {mode: load([f"experiment={mode}_qwen3_4b_instruct"]) for mode in ("opd", "opsd")}
+    paths = []
+    for mode, preset in presets.items():
+        teacher = replace(preset.teacher, path="builtin:smollm2-135m-instruct") if mode == "opd" else preset.teacher
+        paths.append(make("trd", 0, at=mode, mode=mode, teacher=teacher, refine=preset.refine))
+    write_scores(paths[0] / "eval/teacher", "test", [2, 2, 1])
+    done(paths[0] / "eval/teacher", "evaluate")
+    [part] = compared(paths, tmp_path / "out")[0]["teachers"]
+    assert [label.split()[0] for label in part["rows"]] == ["Teacher", "Base", "OPD", "OPSD"]
 
 
 def test_a_model_evaluated_alone(make: Make, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ OURS, VANILLA = "trd", "forward_kl"
 METRICS = ("avg_at_k", "pass_at_k")
 # Settings in which runs of one section may differ: rows and pooled seeds, and what changes no figure of a benchmark that runs share.
 NO_SECTION = ("name", "run_dir", "job", "seed", "method", "data.filter", "evaluate.benchmarks", "evaluate.teacher")
-OF_THE_TEACHER = ("mode", "teacher", "engine.teacher")  # in which OPD and OPSD of one student differ
+OF_THE_TEACHER = ("mode", "teacher", "engine.teacher", "refine.max_prompt_tokens")  # in which OPD and OPSD of one student differ
 TITLE = ("mode", "model.path")  # said of every section
 DIAGNOSTICS = ("kl_passed", "kl_failed", "perplexity_gap", "epistemic_mass")  # of metrics.jsonl, the paper's figure 3
 FIRST_SHARE = 0.1  # of the steps: the start of training

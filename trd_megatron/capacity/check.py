@@ -1,7 +1,7 @@
 """The memory model held against the real learner: `trd bench memory` trains small random models for a few steps and reads the ranks' peaks.
 
-BOUND was fixed before anything was measured, and so was which cases memory.py's two constants (RUNTIME, SLACK of the CPU) may be fitted to;
-the others are held out of that.
+memory.py's two constants of the CPU (RUNTIME, SLACK) come from the cases marked `fitted` alone. BOUND is the issue's; every other case stood here,
+in a commit of its own, before it was run for the first time, and nothing was changed after.
 """
 
 import random
@@ -45,7 +45,7 @@ class Case:
     samples: int
     settings: Sequence[str]
     teacher: dict[str, Any] | None = None
-    held_out: bool = field(default=False, kw_only=True)
+    fitted: bool = field(default=False, kw_only=True)  # RUNTIME and SLACK were read off it
 
 
 def _learner(**settings: Any) -> list[str]:
@@ -53,8 +53,10 @@ def _learner(**settings: Any) -> list[str]:
 
 
 CASES = (
-    Case("adapters, full recomputation", SMALL, (64, 256), 1024, 4, _learner(recompute="full", max_tokens_per_micro_batch=4096)),
-    Case("adapters, no recomputation", SMALL, (64, 256), 1024, 4, _learner(recompute="none", max_tokens_per_micro_batch=4096)),
+    Case("adapters, full recomputation", SMALL, (64, 256), 1024, 4, _learner(recompute="full", max_tokens_per_micro_batch=4096),
+         fitted=True),
+    Case("adapters, no recomputation", SMALL, (64, 256), 1024, 4, _learner(recompute="none", max_tokens_per_micro_batch=4096),
+         fitted=True),
     Case("every parameter, selective", TALL, (64, 64), 448, 8,
          _learner(trainable="full", recompute="selective", max_tokens_per_micro_batch=2112)),
     Case("vocabulary of 151,936, long chunks", WIDE, (64, 128), 896, 4,
@@ -62,11 +64,17 @@ CASES = (
     Case("2 ranks share each layer", TALL, (64, 192), 832, 4,
          _learner(recompute="none", tensor_model_parallel_size=2, sequence_parallel="true", max_tokens_per_micro_batch=4096)),
     Case("a teacher of its own", SMALL, (64, 64), 960, 4, ["mode=opd", "teacher.path=a-teacher", *_learner(recompute="selective",
-         max_tokens_per_micro_batch=4096)], TEACHER, held_out=True),
+         max_tokens_per_micro_batch=4096)], TEACHER),
     Case("every parameter, 2 copies", SMALL, (32, 64), 480, 8, _learner(trainable="full", recompute="full", data_parallel_size=2,
-         max_tokens_per_micro_batch=2112), held_out=True),
+         max_tokens_per_micro_batch=2112)),
     Case("bfloat16, one long sequence", TALL, (64, 1024), 3072, 2, _learner(recompute="none", dtype="bfloat16",
-         max_tokens_per_micro_batch=4160), held_out=True),
+         max_tokens_per_micro_batch=4160)),
+    Case("2 ranks share each sequence", SMALL, (64, 128), 1408, 4, _learner(recompute="none", context_parallel_size=2,
+         max_tokens_per_micro_batch=4608)),
+    Case("2 ranks share each layer, activations whole", SMALL, (64, 128), 896, 4, _learner(recompute="selective", tensor_model_parallel_size=2,
+         max_tokens_per_micro_batch=4096)),
+    Case("rank 64, dropout", TALL, (64, 64), 448, 4, _learner(recompute="none", max_tokens_per_micro_batch=2112, **{"lora.rank": 64,
+         "lora.dropout": 0.05})),
 )  # fmt: skip
 
 
@@ -82,6 +90,11 @@ class Checked:
     def error(self) -> float:
         """Of the prediction, relative to what was measured."""
         return self.predicted.total / self.measured - 1
+
+    @property
+    def error_above(self) -> float:
+        """The same of what lies above the interpreter and its libraries."""
+        return (self.predicted.total - self.predicted.runtime) / (self.measured - self.predicted.runtime) - 1
 
 
 def check(cases: Sequence[Case] = CASES) -> Iterator[Checked]:

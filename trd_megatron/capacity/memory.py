@@ -73,7 +73,8 @@ def learner_memory(
     own_teacher = teacher if teacher is not None else student if full and not supervised else None
     held = 0.0
     if own_teacher is not None:
-        held = (_ends(own_teacher, tp) if learner.teacher_offload else rank_parameters(own_teacher, tp)) * b
+        away = learner.teacher_offload and cuda  # on a CPU the host's memory is all there is
+        held = (_ends(own_teacher, tp) if away else rank_parameters(own_teacher, tp)) * b
     wide = 8 if b == 8 else 4  # of adapters, and of Adam's moments
     if full:
         trained = float(rank_parameters(student, tp))

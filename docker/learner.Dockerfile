@@ -12,7 +12,7 @@ WORKDIR /opt/src
 COPY requirements.lock requirements-models.lock docker/test_only.txt ./
 # --no-deps: the lock file is complete, and nothing may replace the base's torch and triton.
 RUN python3 -m venv --without-pip --system-site-packages /opt/trd \
-    && grep -v -E -f test_only.txt requirements.lock | grep -v '^torch==' > runtime.lock \
+    && grep -v -E -f test_only.txt -e '^torch==' requirements.lock > runtime.lock \
     && python3 -m pip --python /opt/trd/bin/python install --no-deps --ignore-installed -r runtime.lock -r requirements-models.lock
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY conf conf
@@ -39,5 +39,5 @@ USER 1000:1000
 WORKDIR /
 # What a learner that hangs does not say itself: a GPU that fell off the bus, a run directory that cannot be written.
 HEALTHCHECK --interval=60s --timeout=30s --start-period=60s --retries=3 \
-    CMD nvidia-smi --list-gpus | grep -q '^GPU' && test -w /runs
+    CMD ["sh", "-c", "nvidia-smi --list-gpus && test -w /runs"]
 CMD ["trd", "doctor"]

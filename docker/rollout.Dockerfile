@@ -15,7 +15,7 @@ COPY requirements.lock requirements-models.lock docker/test_only.txt ./
 # SGLang pins another transformers. Ours lies in an environment that takes torch alone from the base.
 # --no-deps: the lock file is complete, and nothing may replace the base's torch and triton.
 RUN python3 -m venv --without-pip --system-site-packages /opt/trd \
-    && grep -v -E -f test_only.txt requirements.lock | grep -v '^torch==' > runtime.lock \
+    && grep -v -E -f test_only.txt -e '^torch==' requirements.lock > runtime.lock \
     && python3 -m pip --python /opt/trd/bin/python install --no-deps --ignore-installed -r runtime.lock -r requirements-models.lock
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY conf conf
@@ -42,5 +42,5 @@ WORKDIR /
 EXPOSE 30000
 # Needs no key. Loading a model takes minutes.
 HEALTHCHECK --interval=15s --timeout=10s --start-period=30m --retries=4 \
-    CMD curl --fail --silent --show-error --output /dev/null http://127.0.0.1:30000/health
+    CMD ["curl", "--fail", "--silent", "--show-error", "--output", "/dev/null", "http://127.0.0.1:30000/health"]
 CMD ["trd", "doctor"]

@@ -6,9 +6,8 @@ Imports nothing that needs a GPU's driver.
 import sys
 from importlib import metadata
 
-import torch
-
 import megatron.core
+import torch
 
 wanted_torch, wanted_megatron = sys.argv[1:]
 # NVIDIA calls its builds 2.13.0a0+commit.nv26.06.

@@ -22,7 +22,7 @@ from dockerfile import Step, copied, expand, ignore_rules, ignored, parse
 REPOSITORY = Path(__file__).parents[2]
 DOCKERFILE = REPOSITORY / "docker" / "cpu.Dockerfile"
 # What python:3.11-slim has besides a minimal Debian, and the headers that go with its Python.
-PACKAGES = "ca-certificates,python3.11,python3.11-dev,python3.11-venv"
+PACKAGES = ("ca-certificates", "python3.11", "python3.11-dev", "python3.11-venv")
 PATH = "/usr/local/bin:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin"  # the base image's
 VOLUMES = ("runs", "cache")
 
@@ -32,7 +32,13 @@ def make_base(base: Path) -> None:
     if (base / "usr/local/bin/python").is_symlink():
         return
     shutil.rmtree(base, ignore_errors=True)
-    subprocess.run(["debootstrap", "--variant=minbase", f"--include={PACKAGES}", "bookworm", str(base)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["debootstrap", "--variant=minbase", "bookworm", str(base)], check=True, stdout=subprocess.DEVNULL)
+    # debootstrap's own --include does not see which of two alternative dependencies to take.
+    binds = {Path("/etc/resolv.conf"): "/etc/resolv.conf"}
+    environment = {"PATH": PATH, "DEBIAN_FRONTEND": "noninteractive"}
+    install = ["apt-get", "install", "--yes", "--quiet", "--no-install-recommends", *PACKAGES]
+    inside(base, install, environment, "/", "0", binds, network=True)
+    inside(base, ["apt-get", "clean"], environment, "/", "0", binds, network=True)
     for name in ("python", "python3"):
         (base / "usr/local/bin" / name).symlink_to("/usr/bin/python3.11")
 
@@ -161,7 +167,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     make_base(folder / "base")
-    print(f"base: {time.monotonic() - began:.1f} s")
+    print(f"base: {time.monotonic() - began:.1f} s", flush=True)
     began = time.monotonic()
     image = build(folder, dict(word.split("=", 1) for word in options.build_arg), options.share)
     size = subprocess.run(["du", "-sm", str(image.root), str(folder / "base")], check=True, capture_output=True, text=True).stdout.split()

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.docker.dockerfile import arguments, copied, expand, ignore_rules, ignored, parse
 
+from tests.docker.dockerfile import arguments, copied, expand, ignore_rules, ignored, parse
 from trd_megatron.config import Config, load
 from trd_megatron.learner import versions
 
@@ -78,7 +78,9 @@ def test_only_what_no_run_needs_is_left_out() -> None:
     (pattern,) = (DOCKER / "test_only.txt").read_text(encoding="utf-8").split()
     left_out = {name for name in locked() if re.match(pattern, f"{name}==")}
     assert len(left_out) == pattern.count("|") + 1, "each name is one of the lock file"
-    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "trd_megatron").rglob("*.py") if path.name != "triton_kernels.py")
+    sources = "\n".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "trd_megatron").rglob("*.py") if path.name != "triton_kernels.py"
+    )
     imported = set(re.findall(r"^\s*(?:import|from) (\w+)", sources, re.MULTILINE)) - {"triton"}
     assert not {name.replace("-", "_") for name in left_out} & imported
 
@@ -99,7 +101,14 @@ def test_what_is_copied_exists_and_is_not_ignored(image: str) -> None:
 
 def test_the_context_has_neither_runs_nor_environments() -> None:
     rules = ignore_rules(ROOT)
-    for name in (".git/config", ".venv/bin/python", "runs/quickstart/config.yaml", "docs/docker.md", "trd_megatron/__pycache__/x.pyc", ".env"):
+    for name in (
+        ".git/config",
+        ".venv/bin/python",
+        "runs/quickstart/config.yaml",
+        "docs/docker.md",
+        "trd_megatron/__pycache__/x.pyc",
+        ".env",
+    ):
         assert ignored(Path(name), rules), name
 
 

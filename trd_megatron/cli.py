@@ -108,11 +108,14 @@ def run(
 
 
 def _run_stages(config: "Config", until: str | None, only: str | None) -> None:
-    from trd_megatron import pipeline
+    from trd_megatron import paper, pipeline
     from trd_megatron.run_dir import Manifest, RunDir
 
     run_dir = RunDir(config.run_dir, config.name)
     console.print(f"{config.name}: {_does(config)}, in {run_dir.path}", highlight=False, markup=False)
+    place = paper.describe(config)
+    if place is not None:
+        _say(place)
     rows: list[tuple[pipeline.Work, Manifest, bool]] = []
 
     def on_stage(work: pipeline.Work, manifest: Manifest, skipped: bool) -> None:
@@ -317,7 +320,7 @@ def prepare(
 
       trd prepare experiment=quickstart
 
-      HF_HOME=/scratch/hub trd prepare --download-only experiment=opsd_qwen3_8b evaluate.benchmarks=\\[test,aime24,math500]
+      HF_HOME=/scratch/hub trd prepare --download-only experiment=opsd_qwen3_8b evaluate.benchmarks=\\[aime24,math500]
     """
     if not download_only:
         run(overrides, until="prepare")

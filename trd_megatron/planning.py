@@ -10,7 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from trd_megatron import preflight
+from trd_megatron import paper, preflight
 from trd_megatron.builtin_models import resolve_model
 from trd_megatron.capacity import plan
 from trd_megatron.capacity.memory import BYTES
@@ -74,6 +74,9 @@ def tables(config: Config) -> Iterator[RenderableType]:
     for work in [] if away else works(config, run_dir):
         stages.add_row(work.name, MEANING[work.folder.state()], _settings_line(config, work.stage.name))
     yield stages
+    place = paper.describe(config)
+    if place is not None:
+        yield Text(f"{config.name}: {place}")
     if away:
         yield Text(
             f"{', '.join(away)}: not downloaded yet; the sizes below are of the published configuration, and what is done is not shown."

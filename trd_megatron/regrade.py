@@ -132,7 +132,7 @@ def _grade_files(config: Config, run_dir: RunDir, files: list[_File]) -> Changes
     """Those that RUN/.grading.json does not have yet. The changes are of all."""
     with Grader(config.verify) as grader:
         settings = {name: value for name, value in to_dict(config)["verify"].items() if name != "workers"}
-        how = {"verify": settings, "grader": grader.facts({"math"})}
+        how = {"verify": settings, "grader": grader.facts({"math", "code"} if config.task == "code" else {"math"})}
         journal = _read_journal(run_dir.path / JOURNAL, how)
         changes = Changes()
         names = {file: str(file.path.relative_to(run_dir.path)) for file in files}

@@ -37,7 +37,8 @@ class Member:
 def members(overrides: Sequence[str]) -> tuple[Path, list[Member]]:
     """(folder of the sweep, its runs) of settings of which some have several values: method=trd,forward_kl or seed=range(0,3).
 
-    Raises UserError as config.load does, if no setting has several values, or if two runs would be the same.
+    Raises UserError as config.load does, if no setting has several values, if two runs would be the same, or if they have no folder in
+    common (their experiments have names of their own, and no run_dir is given).
     """
     axes = [_choices(text) for text in overrides]
     if all(len(axis) == 1 for axis in axes):
@@ -51,6 +52,8 @@ def members(overrides: Sequence[str]) -> tuple[Path, list[Member]]:
             raise UserError(f"run_dir={folder} holds a single run: choose another run_dir=PATH for --multirun")
         if any(label == member.label for member in found):
             raise UserError(f"two runs would be called {label}: give each value once")
+        if found and folder != found[0].run_dir.path.parent:
+            raise UserError(f"these runs would lie in {found[0].run_dir.path.parent}, {folder}, ...: give them one folder, run_dir=PATH")
         config = replace(config, run_dir=str(folder / label))
         found.append(Member(label, config, RunDir(config.run_dir, config.name)))
     return folder, found

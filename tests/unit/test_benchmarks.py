@@ -111,6 +111,17 @@ def test_livecodebench_decodes_both_forms(tmp_path: Path) -> None:
     assert code_tests.parse(second["tests"]) == {"inputs": [[[1, 2], "x"], [[], 1]], "outputs": [True, [3]], "fn_name": "f"}
 
 
+def test_livecodebench_nested_too_deeply_is_one_line(tmp_path: Path) -> None:
+    deep = "[" * 100_000 + "]" * 100_000
+    for row in (livecode(1) | {"private_test_cases": deep}, livecode(1) | {"metadata": deep}):
+        file = write(tmp_path / "test.jsonl", [row])
+        with pytest.raises(UserError, match="the tests of q1 cannot be read"):
+            benchmarks.load(f"livecodebench_v6:{file}")
+    (tmp_path / "test.jsonl").write_text(deep)
+    with pytest.raises(UserError, match="cannot be read"):
+        benchmarks.load(f"livecodebench_v6:{tmp_path / 'test.jsonl'}")
+
+
 def test_livecodebench_reads_a_copy_of_the_repository(tmp_path: Path) -> None:
     for number, name in enumerate(["test.jsonl", *(f"test{n}.jsonl" for n in range(2, 7)), "code.py"]):
         write(tmp_path / name, [livecode(number)])

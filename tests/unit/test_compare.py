@@ -15,7 +15,7 @@ import pytest
 
 from tests.unit.test_cli import trd
 from tests.unit.test_report import SCRIPT, make_run, row
-from trd_megatron.config import MethodConfig, TeacherConfig, to_dict
+from trd_megatron.config import MethodConfig, TeacherConfig, load, to_dict
 from trd_megatron.errors import UserError
 from trd_megatron.evaluate.metrics import intervals
 from trd_megatron.records import TRAJECTORY
@@ -171,6 +171,34 @@ def test_settings_that_differ_make_sections(make: Make, tmp_path: Path) -> None:
     assert layouts == [{"learner.data_parallel_size": 1}, {"learner.data_parallel_size": 2}]
 
 
+def test_filters_are_rows_against_the_row_without(make: Make, tmp_path: Path) -> None:
+    paths = [make("forward_kl", 0), make("trd", 0)]
+    for method, name, chosen in (("trd", "fail", "fail"), ("reverse_kl", "succ", "succ")):
+        paths.append(make(method, 0, at=name))
+        file = paths[-1] / "config.yaml"
+        file.write_text(file.read_text().replace("filter: all", f"filter: {chosen}"))
+    found, page, markdown = compared(paths, tmp_path / "out")
+    [section] = found["sections"]
+    assert list(section["methods"]) == ["forward_kl", "reverse_kl (succ)", "trd", "trd (fail)"]
+    rows = section["benchmarks"][0]["methods"]
+    assert [rows[name]["against"] for name in rows] == ["base", "base", "base", "trd"]
+    gap = rows["trd (fail)"]["avg_at_k"] - rows["trd"]["avg_at_k"]
+    assert rows["trd (fail)"]["delta"]["avg_at_k"] == pytest.approx(gap)
+    # The row says what its difference is taken from; without that row it is the base, and nothing is said.
+    for text in (page, markdown):
+        assert "trd (fail), Δ against trd" in text and "reverse_kl (succ), Δ" not in text.replace("\\_", "_")
+    assert "| trd (fail), Δ against trd | **100.0** (0.0) |" in markdown
+
+
+def test_a_filter_is_no_baseline(make: Make, tmp_path: Path) -> None:
+    paths = [make("trd", 0), make("reverse_kl", 0), make("forward_kl", 0, at="better")]  # reverse_kl passes 2 of 6, forward_kl 4
+    file = paths[-1] / "config.yaml"
+    file.write_text(file.read_text().replace("filter: all", "filter: succ"))
+    [table] = compared(paths, tmp_path / "out")[0]["sections"][0]["benchmarks"]
+    assert table["methods"]["forward_kl (succ)"]["avg_at_k"] > table["methods"]["reverse_kl"]["avg_at_k"]
+    assert table["against_best"]["avg_at_k"]["method"] == "reverse_kl"
+
+
 def test_held_out_problems_may_be_others_under_another_seed(make: Make, tmp_path: Path) -> None:
     paths = [make("trd", 0), make("trd", 1)]
     for model in ("base", "student"):
@@ -217,6 +245,19 @@ def test_opd_opsd_and_the_teacher(make: Make, tmp_path: Path) -> None:
     assert scores == pytest.approx([500 / 6, 50.0, 100.0, 100.0])
     assert found["sections"][0]["benchmarks"][0]["teacher"]["avg_at_k"] == pytest.approx(500 / 6)
     assert "OPD, OPSD and teacher" in page and "| Teacher | 83.3 |" in markdown
+
+
+def test_the_papers_presets_of_both_modes_make_table_5(make: Make, tmp_path: Path) -> None:
+    """They differ in more than the teacher: in the budget of what it is shown when it refines."""
+    presets = {mode: load([f"experiment={mode}_qwen3_4b_instruct"]) for mode in ("opd", "opsd")}
+    paths = []
+    for mode, preset in presets.items():
+        teacher = replace(preset.teacher, path="builtin:smollm2-135m-instruct") if mode == "opd" else preset.teacher
+        paths.append(make("trd", 0, at=mode, mode=mode, teacher=teacher, refine=preset.refine))
+    write_scores(paths[0] / "eval/teacher", "test", [2, 2, 1])
+    done(paths[0] / "eval/teacher", "evaluate")
+    [part] = compared(paths, tmp_path / "out")[0]["teachers"]
+    assert [label.split()[0] for label in part["rows"]] == ["Teacher", "Base", "OPD", "OPSD"]
 
 
 def test_a_model_evaluated_alone(make: Make, tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ def refused(*overrides: str) -> str:
 def test_every_experiment_composes(experiment: str) -> None:
     own = {"evaluate": EVALUATE, "sft": ["experiment=sft", "model.path=x", "data.path=x.jsonl"]}
     config = load(own.get(experiment, [f"experiment={experiment}"]))
-    assert config.name == experiment
-    assert config.run_dir == f"runs/{experiment}"
+    assert config.name in (experiment, f"{experiment}_math")  # the paper's run under several tasks
+    assert config.run_dir == f"runs/{config.name}"
     assert from_dict(to_dict(config)) == config
 
 
@@ -65,7 +65,7 @@ def test_defaults_are_the_recipes() -> None:
 def test_the_task_chooses_budgets_and_quickstarts_problems() -> None:
     budgets = {"math": (4096, 38912), "code": (2048, 16384)}  # RECIPE_FACTS
     for task, expected in budgets.items():
-        config = load(["experiment=opsd_qwen3_8b", f"task={task}", *(["data=taco"] if task == "code" else [])])
+        config = load(["experiment=opsd_qwen3_8b", f"task={task}"])
         assert (config.task, config.evaluate.max_prompt_tokens, config.evaluate.max_response_tokens) == (task, *expected)
         assert (config.rollout.max_prompt_tokens, config.rollout.max_response_tokens) == (2048, 16384)
     for order in (["experiment=quickstart", "task=code"], ["task=code", "experiment=quickstart"]):
@@ -74,12 +74,12 @@ def test_the_task_chooses_budgets_and_quickstarts_problems() -> None:
     assert (load(["experiment=quickstart"]).data.source, load(["experiment=quickstart"]).rollout.max_response_tokens) == ("arithmetic", 64)
     own = load(["experiment=quickstart", "task=code", "data=file", "data.path=x.jsonl"])
     assert (own.data.source, own.rollout.max_response_tokens) == ("file", 256)
-    assert load(["experiment=opsd_qwen3_8b", "evaluate=code"]).evaluate.max_response_tokens == 16384
+    assert load(["experiment=opsd_qwen3_8b", "evaluate=paper_code"]).evaluate.max_response_tokens == 16384
 
 
 def test_papers_benchmarks_are_kept_out_of_the_training_problems() -> None:
     assert load(["experiment=opsd_qwen3_8b"]).data.exclude_benchmarks == ["aime24", "aime25", "hmmt25", "beyondaime", "amobench"]
-    code = load(["experiment=opsd_qwen3_8b", "task=code", "data=taco"])
+    code = load(["experiment=opsd_qwen3_8b", "task=code"])
     assert code.data.exclude_benchmarks == ["humaneval_plus", "mbpp_plus", "livecodebench_v6"]
 
 
@@ -166,7 +166,10 @@ def test_a_wrong_word_is_named_with_the_nearest_right_one(override: str, named: 
         ([*EVALUATE, "rounds=2"], r"^rounds=2: job=evaluate"),
         ([*EVALUATE[:2], "evaluate.benchmarks=[aime42]"], r"no benchmark 'aime42': aime24, "),
         (["experiment=smoke", "verify.code.memory_mb=0"], r"^verify\.code\.memory_mb=0"),
-        (["experiment=opd_qwen3_1_7b", "task=code"], r"^data\.source=deepscaler has math problems: .*one of file, taco, human_eval"),
+        (
+            ["experiment=opd_qwen3_1_7b", "task=code", "data=deepscaler"],
+            r"^data\.source=deepscaler has math problems: .*one of file, taco, human_eval",
+        ),
         (["experiment=lab", "task=math"], r"^data\.source=lab has lab problems: set task=lab"),
         ([*LAB, "data=taco"], r"^data\.source=taco has code problems: set task=code, or for task=lab choose data=NAME, one of file, lab$"),
         ([*LAB, "data.path=p.jsonl"], r"^data\.source=lab makes its problems: leave data\.path out"),

@@ -35,6 +35,7 @@ def test_labels_are_safe_names() -> None:
         (["experiment=smoke", "method=trd,trdd"], "no method named 'trdd': did you mean trd?"),
         (["experiment=smoke", "seed=1,1"], "two runs would be called seed1: give each value once"),
         (["experiment=smoke", "learnr.epochs=1,2"], "unknown key learnr.epochs"),
+        (["experiment=opsd_qwen3_8b", "task=math,code"], "these runs would lie in runs/opsd_qwen3_8b_math, runs/opsd_qwen3_8b_code, ...: "),
     ],
 )
 def test_refused(overrides: list[str], message: str) -> None:

@@ -266,6 +266,8 @@ def test_unsupported_requests_are_refused():
         verify_math(r"\boxed{5}", "5", "essay")
     with pytest.raises(ValueError, match="check_values belong to answer_type 'variable', not to None"):
         verify_math(r"\boxed{5}", "5", check_values='["n=1"]')
+    with pytest.raises(ValueError, match="check_values must be a JSON list"):
+        verify_math(r"\boxed{5}", "5", "variable", "[" * 3_000)
     with pytest.raises(ValueError, match="answer_type 'variable' needs check_values"):
         verify_math(r"\boxed{5}", "5", "variable")
     with pytest.raises(ValueError, match="timeout_s must be over 0"):

@@ -26,7 +26,7 @@ def load(paths: Sequence[Path]) -> tuple[list[dict[str, Any]], dict[str, int]]:
             problems.append(
                 {
                     "problem_id": f"deepscaler-{len(problems)}",
-                    "problem": row["problem"],
+                    "problem": str(row["problem"]),
                     "answer": answer,
                     "reference_solution": None if solution in ("", answer) else solution,
                     "source": "deepscaler",

@@ -36,7 +36,7 @@ def read(paths: Sequence[Path], with_tests: bool, _: bool = False) -> Iterator[d
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         yield _problem(f"{path}, line {number}", json.loads(line), with_tests)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
@@ -46,7 +46,17 @@ def _problem(place: str, row: dict[str, Any], with_tests: bool) -> dict[str, Any
             raise UserError(f"{place} has no column '{name}'; LiveCodeBench's are: {', '.join(COLUMNS)}, ...")
     try:
         tests = json.dumps(_tests(row)) if with_tests else None
-    except (ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError, EOFError, IndexError, zlib.error) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        pickle.UnpicklingError,
+        EOFError,
+        IndexError,
+        zlib.error,
+        RecursionError,
+    ) as error:
         raise UserError(f"{place}: the tests of {row['question_id']} cannot be read: {str(error).splitlines()[0]}") from None
     return {
         "problem_id": row["question_id"],

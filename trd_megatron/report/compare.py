@@ -1,7 +1,7 @@
 """Many runs side by side: the paper's tables with deltas and intervals, figure 3, and what each method cost.
 
-Runs are pooled over their seeds; methods are the rows, and any other setting in which runs differ makes sections of its own. Rates are in
-percent, differences in points, lengths in tokens, times in seconds.
+Runs are pooled over their seeds; methods and filters are the rows, and any other setting in which runs differ makes sections of its own.
+Rates are in percent, differences in points, lengths in tokens, times in seconds.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ METHODS = (
 OURS, VANILLA = "trd", "forward_kl"
 METRICS = ("avg_at_k", "pass_at_k")
 # Settings in which runs of one section may differ: rows and pooled seeds, and what changes no figure of a benchmark that runs share.
-NO_SECTION = ("name", "run_dir", "job", "seed", "method", "evaluate.benchmarks", "evaluate.teacher")
-OF_THE_TEACHER = ("mode", "teacher", "engine.teacher")  # in which OPD and OPSD of one student differ
+NO_SECTION = ("name", "run_dir", "job", "seed", "method", "data.filter", "evaluate.benchmarks", "evaluate.teacher")
+OF_THE_TEACHER = ("mode", "teacher", "engine.teacher", "refine.max_prompt_tokens")  # in which OPD and OPSD of one student differ
 TITLE = ("mode", "model.path")  # said of every section
 DIAGNOSTICS = ("kl_passed", "kl_failed", "perplexity_gap", "epistemic_mass")  # of metrics.jsonl, the paper's figure 3
 FIRST_SHARE = 0.1  # of the steps: the start of training
@@ -125,9 +125,15 @@ def _usual(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _in_order(methods: Iterable[str]) -> list[str]:
-    """Each once, in the paper's order, others after."""
-    known = dict.fromkeys(methods)
-    return [name for name in dict.fromkeys([*METHODS, *known]) if name in known]
+    """Each once, in the paper's order, others after; those with a filter follow their method."""
+    known = list(dict.fromkeys(methods))
+    order = list(dict.fromkeys([*METHODS, *map(unfiltered, known)]))
+    return sorted(known, key=lambda name: (order.index(unfiltered(name)), name != unfiltered(name)))
+
+
+def unfiltered(method: str) -> str:
+    """trd of "trd (fail)"."""
+    return method.partition(" (")[0]
 
 
 def _grouped(runs: Iterable[Run], keys: Sequence[str]) -> list[tuple[list[tuple[str, Any]], list[Run]]]:
@@ -311,13 +317,16 @@ def _benchmark(name: str, methods: Mapping[str, Sequence[Run]]) -> dict[str, Any
         "methods": {},
     }
     for method, student in students.items():
+        whole = students.get(unfiltered(method))  # what a row with a filter is held against, if it has the same seeds
+        against = whole if whole is not None and whole is not student and whole.by_seed.keys() >= student.by_seed.keys() else None
         table["methods"][method] = student.figures() | {
-            "delta": _delta(bases[method], student),
+            "delta": _delta(bases[method] if against is None else against, student),
+            "against": "base" if against is None else unfiltered(method),
             "buckets": _buckets(bases[method], student),
         }
     if taught:
         table["teacher"] = Scores({seed: asked.read(run, "teacher") for seed, run in taught.items()}).figures()
-    others = [method for method in students if method != OURS]
+    others = [method for method in students if method != OURS and method == unfiltered(method)]
     if OURS in students and others:
         table["against_best"] = {}
         for metric in METRICS:

@@ -106,7 +106,7 @@ def markdown(found: Mapping[str, Any]) -> str:
                     bounds = html.interval(one["delta"].get(f"{metric}_interval"))
                     delta = f"{html.signed(one['delta'][metric])} {bounds}".strip()
                     cells.append(f"{_score(one[metric], method in of[f'best_{metric}'])} ({delta})")
-                lines.append(_row(_cell(method), cells))
+                lines.append(_row(_cell(html.row_label(method, tables[0]["methods"][method]["against"])), cells))
             if all("teacher" in table for table in tables):
                 lines.append(_row("Teacher", [_score(table["teacher"][metric]) for table in tables] + [""] * (len(columns) - len(tables))))
             lines.append("")
@@ -133,7 +133,10 @@ def markdown(found: Mapping[str, Any]) -> str:
             cells = [_score(line["rows"][label][metric]) for line in part["benchmarks"] for metric in METRICS]
             lines.append(_row(_cell(label), cells))
         lines.append("")
-    lines.append("In brackets: points against the base, and their 95 % confidence interval over problems. Bold: best as shown.")
+    lines.append(
+        "In brackets: points against the base, or against the row that is named, and their 95 % confidence interval over problems. "
+        "Bold: best as shown."
+    )
     return "\n".join(lines) + "\n"
 
 

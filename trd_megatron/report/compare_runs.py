@@ -72,8 +72,11 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The row of the tables that it belongs to."""
-        return self.config.method.name if self.config.job == "distill" else self.config.job
+        """The row of the tables that it belongs to: of its method, and of the filter of its trajectories (the paper's section B.3)."""
+        if self.config.job != "distill":
+            return self.config.job
+        chosen = self.config.data.filter
+        return self.config.method.name if chosen == "all" else f"{self.config.method.name} ({chosen.replace('_', ' ')})"
 
     @property
     def seed(self) -> int:

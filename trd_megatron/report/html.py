@@ -87,6 +87,11 @@ def setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def row_label(row: str, against: str) -> str:
+    """What a row of a comparison is called, with the row that its differences are taken from, where that is not the base."""
+    return row if against == "base" else f"{row}, Δ against {against}"
+
+
 def direction(value: float | None) -> str:
     """The CSS class of a delta as it is shown, with one decimal."""
     rounded = round(value or 0.0, 1)
@@ -119,7 +124,7 @@ def render(figures: Mapping[str, Any], plots: Mapping[str, str], template: str =
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters = (cut, number, share, signed, interval, significant, duration, minute, setting, direction)
+    filters = (cut, number, share, signed, interval, significant, duration, minute, setting, row_label, direction)
     environment.filters.update({function.__name__: function for function in filters})
     inline, rules = _styles_to_classes(plots)
     style = "\n" + resources.files("trd_megatron.report").joinpath("style.css").read_text(encoding="utf-8") + rules

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from trd_megatron import paper
 from trd_megatron.config import Config, get, leaves
 from trd_megatron.errors import UserError
 from trd_megatron.evaluate import benchmarks
@@ -55,6 +56,7 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
         "stages": [tables.stage(name, done.get(label)) | {"stage": label} for label, (name, _) in stages.items()],
         "versions": tables.library_versions(done),
         "settings": {name: get(config, name) for name, _ in leaves()},
+        "paper": paper.describe(config),
     }
     samples: list[dict[str, Any]] = []
     if distils:

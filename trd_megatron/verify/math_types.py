@@ -28,7 +28,7 @@ def check_points(answer_type: str | None, check_values: str | None) -> list[dict
         raise ValueError(f"check_values have {len(check_values):,} characters, the limit is {MAX_CHARS:,}")
     try:
         texts: Any = json.loads(check_values)
-    except ValueError:
+    except (ValueError, RecursionError):
         texts = None
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError(f'check_values must be a JSON list such as ["n=1", "n=2"], not {str(check_values)[:100]!r}')

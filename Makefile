@@ -8,8 +8,11 @@ SGLANG_STAMP := $(SGLANG_VENV)/.installed
 SGLANG_CPU := tools/sglang_cpu
 LAUNCH_VENV := .venv-launch
 LAUNCH_STAMP := $(LAUNCH_VENV)/.installed
+LINT_VENV := .venv-docker-lint
+LINT_STAMP := $(LINT_VENV)/.installed
+VERSION := $(shell sed -n 's/^TRD_VERSION=//p' docker/versions.txt)
 
-.PHONY: venv sglang-cpu launch-env quickstart smoke lab lab-full test test-slurm acceptance check lock wheel clean help
+.PHONY: venv sglang-cpu launch-env quickstart smoke lab lab-full test test-slurm acceptance check images docker-lint docker-steps lock wheel clean help
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -80,6 +83,27 @@ check: venv ## Lint, format check and type check.
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+images: ## Build the three images (docs/docker.md); needs Docker.
+	for name in cpu learner rollout; do \
+		docker build --file docker/$$name.Dockerfile --tag trd-$$name:$(VERSION) --build-arg REVISION="$$(git rev-parse HEAD)" . || exit 1; \
+	done
+
+docker-lint: $(LINT_STAMP) ## Lint the Dockerfiles, and check compose.yaml against its schema.
+	$(LINT_VENV)/bin/hadolint docker/*.Dockerfile
+	$(LINT_VENV)/bin/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml
+
+$(LINT_STAMP): docker/lint.txt
+	$(PYTHON) -m venv --clear $(LINT_VENV)
+	$(LINT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r docker/lint.txt
+	touch $@
+
+# STEPS: what the image runs at the end instead of its CMD. STEPS_FLAGS: see the script, e.g. --share for what this machine's pip needs.
+STEPS ?= trd run experiment=smoke
+STEPS_FLAGS ?=
+docker-steps: ## Execute the CPU image's steps in a new root directory, without Docker (Debian, as root).
+	command -v debootstrap >/dev/null || apt-get install -y debootstrap
+	$(PYTHON) tests/docker/run_cpu_image_steps.py $(STEPS_FLAGS) --root build/cpu-image -- $(STEPS)
+
 wheel: venv ## Build dist/*.whl.
 	$(VENV)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
 
@@ -87,5 +111,5 @@ lock: ## Resolve setup.py anew into requirements.lock.
 	tools/lock.sh $(PYTHON)
 
 clean: ## Remove what was built (not the runs).
-	rm -rf $(VENV) $(SGLANG_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SGLANG_VENV) $(LINT_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -87,6 +87,27 @@ def test_a_node_that_never_answers_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         nodes.follow(Place(1, 2, "127.0.0.1", _free_port()), {}, lambda: None)
 
 
+def test_the_leader_hears_at_once_what_another_node_lacks() -> None:
+    port = _free_port()
+    raised: list[str] = []
+
+    def follower() -> None:
+        def check() -> None:
+            raise UserError("no GPUs here")
+
+        try:
+            nodes.follow(Place(1, 2, "127.0.0.1", port), {}, lambda: None, check)
+        except UserError as error:
+            raised.append(str(error))
+
+    thread = threading.Thread(target=follower)
+    thread.start()
+    with pytest.raises(NodeFailedError, match="node 1: no GPUs here"):
+        Leader(Place(0, 2, "127.0.0.1", port))
+    thread.join(20)
+    assert raised == ["no GPUs here"]
+
+
 def test_only_what_can_be_dealt_evenly_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nodes.share("x", 3) == 3
     monkeypatch.setattr(nodes, "members", 2)

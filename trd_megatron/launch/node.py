@@ -11,7 +11,7 @@ from trd_megatron.config import Config
 from trd_megatron.engine.base import Weights, api_key
 from trd_megatron.engine.engines import check_open, of_one_node
 from trd_megatron.engine.server import LaunchedServers, stop_all
-from trd_megatron.learner.job import LOG, torchrun
+from trd_megatron.learner.job import LOG, end, torchrun
 from trd_megatron.nodes import Leader, Place
 from trd_megatron.run_dir import SERVERS
 
@@ -67,8 +67,7 @@ class _Helper:
                     except subprocess.TimeoutExpired:
                         continue
             finally:
-                process.kill()  # its ranks die with it
-                process.wait()
+                end(process)
         return process.returncode
 
     def serve(self, asked: dict[str, Any], check: Callable[[], None]) -> list[str]:
@@ -78,7 +77,7 @@ class _Helper:
         logs = Path(self.config.run_dir) / SERVERS / f"node-{self.place.rank}"
         engine = of_one_node(self.config.engine, role)
         self.servers[role] = LaunchedServers(role, _weights(asked), engine, logs, self.say, host=host, api_key=api_key())
-        self.servers[role].start()
+        self.servers[role].start(check)
         self.say(f"node {self.place.rank}: {role} servers at {', '.join(self.servers[role].urls)}")
         return self.servers[role].urls
 

@@ -148,13 +148,16 @@ def node(
 
       TRD_NODES=2 TRD_NODE_RANK=1 TRD_HEAD=10.0.0.5 trd node experiment=NAME run_dir=/shared/runs/NAME
     """
+    from trd_megatron import pipeline
     from trd_megatron.config import load
     from trd_megatron.launch import node as nodes_of_a_job
     from trd_megatron.launch import slurm
     from trd_megatron.nodes import Place
 
+    chosen = None if stages is None else stages.split(",")
+
     def all_stages() -> None:
-        for stage in [None] if stages is None else stages.split(","):
+        for stage in [None] if chosen is None else chosen:
             _run_stages(config, None, stage)
 
     try:
@@ -163,7 +166,7 @@ def node(
         if place.rank == 0:
             nodes_of_a_job.lead(place, all_stages)
         else:
-            nodes_of_a_job.follow(place, config, _say)
+            nodes_of_a_job.follow(place, config, chosen or pipeline.GROUPS, _say)
     except UserError:
         slurm.do_not_repeat()
         raise

@@ -154,7 +154,7 @@ class Leader:
         self._link = Link(place)
         self._asked = 0
         for rank in range(1, place.count):
-            self._link.wait(f"here/{rank}", MEET_S)
+            self._value(rank, self._link.wait(f"here/{rank}", MEET_S))
 
     def ask(self, kind: str, **details: Any) -> int:
         """Returns the number that `answers` takes."""
@@ -166,11 +166,13 @@ class Leader:
         """Of every other node, in order. Raises NodeFailedError with what one of them met, or if one does not answer in time."""
         found = []
         for rank in range(1, self.place.count):
-            answer = self._link.wait(f"answer/{number}/{rank}", seconds, meanwhile)
-            if "error" in answer:
-                raise NodeFailedError(f"node {rank}: {answer['error']}")
-            found.append(answer["value"])
+            found.append(self._value(rank, self._link.wait(f"answer/{number}/{rank}", seconds, meanwhile)))
         return found
+
+    def _value(self, rank: int, answer: dict[str, Any]) -> Any:
+        if "error" in answer:
+            raise NodeFailedError(f"node {rank}: {answer['error']}")
+        return answer.get("value")
 
     def end(self) -> None:
         """The others leave; returns when they have, since the store goes with this process."""
@@ -197,13 +199,19 @@ def share(what: str, total: int) -> int:
 Work = Callable[[dict[str, Any], Callable[[], None]], Any]  # (what is asked, raises when the leader is gone: to be called while it takes)
 
 
-def follow(place: Place, work: Mapping[str, Work], idle: Callable[[], None]) -> None:
+def follow(place: Place, work: Mapping[str, Work], idle: Callable[[], None], check: Callable[[], None] = lambda: None) -> None:
     """The life of every node but the first: does what it is asked for until the leader ends. idle: called while nothing is asked.
 
-    What `work` raises as UserError or RuntimeError becomes the answer. Raises NodeFailedError when the leader is gone.
+    What `work` raises as UserError or RuntimeError becomes the answer. check: before the first of it; what it raises as UserError
+    the leader hears, and so does the caller. Raises NodeFailedError when the leader is gone.
     """
     link = Link(place)
-    link.put(f"here/{place.rank}", True)
+    try:
+        check()
+    except UserError as error:
+        link.put(f"here/{place.rank}", {"error": str(error)})
+        raise
+    link.put(f"here/{place.rank}", {})
     number = 0
     while True:
         asked = link.wait(f"work/{number}", float("inf"), idle)

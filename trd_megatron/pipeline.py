@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -101,6 +101,18 @@ def wanted(config: Config) -> list[Stage]:
         unwanted.add("evaluate/teacher")
     stages = [_SUPERVISED if stage.name == "train" and config.job == "sft" else stage for stage in STAGES]
     return [stage for stage in stages if stage.name not in unwanted]
+
+
+def roles(config: Config, group: str) -> list[str]:
+    """Whose engines the stages of a group ask: the student's, the teacher's."""
+    writer = "student" if config.teacher.path is None else "teacher"
+    found = {"rollout": ["student"], "refine": [writer], "evaluate": ["student"]}.get(group, [])
+    return [*found, "teacher"] if group == "evaluate" and config.evaluate.teacher else found
+
+
+def check_devices(config: Config, groups: Collection[str]) -> None:
+    """Raises UserError if this machine has fewer GPUs than the stages of these groups use."""
+    preflight.check_devices(config, {role for group in groups for role in roles(config, group)}, learner="train" in groups)
 
 
 @cache
@@ -227,6 +239,16 @@ def _read_name(name: str, config: Config) -> tuple[int | None, str]:
     return number, group
 
 
+def _groups(config: Config, end: tuple[int | None, str] | None, chosen: tuple[int | None, str] | None) -> list[str]:
+    """Of the stages that `run` comes to: all, those up to the end, or the chosen one."""
+    if chosen is not None:
+        return [chosen[1]]
+    groups = list(dict.fromkeys(stage.group for stage in wanted(config)))
+    if end is None or end[0]:  # in a later round all have had their turn
+        return groups
+    return groups[: 1 + groups.index(end[1])]
+
+
 def _span(numbers: range) -> str:
     return f"{numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
 
@@ -306,7 +328,7 @@ def run(
     on_stage hears of each stage as it ends: (work, manifest, whether it was skipped); say, of what happens to servers.
     """
     end, chosen = (None if name is None else _read_name(name, config) for name in (until, only))
-    preflight.check_devices(config)
+    check_devices(config, _groups(config, end, chosen))
     preflight.check_inputs(config)
     if run_dir.path.exists():
         with run_dir.lock():

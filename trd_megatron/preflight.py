@@ -1,7 +1,7 @@
 """What can be checked before any work is done, so that an hour of generation does not end in a wrong model or layout."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -21,11 +21,11 @@ from trd_megatron.verify import sandbox
 CONTEXT_MARGIN = 2  # SGLang stops so many tokens before the end of the context
 
 
-def check_devices(config: Config) -> None:
-    """Raises UserError if this machine has fewer GPUs than the configuration uses."""
-    check_server_devices(config)
+def check_devices(config: Config, roles: Collection[str] = ("student", "teacher"), *, learner: bool = True) -> None:
+    """Raises UserError if this machine (with the others of its run) has fewer GPUs than these roles' engines, and the learner, use."""
+    check_server_devices(config, roles)
     gpus, ranks = torch.cuda.device_count(), config.learner.ranks
-    if config.job != "evaluate" and config.learner.device == "cuda" and gpus * nodes.count() < ranks:
+    if learner and config.learner.device == "cuda" and gpus * nodes.count() < ranks:
         have = f"this machine has {gpus} usable GPUs" if nodes.count() == 1 else f"{nodes.count()} nodes of {gpus} GPUs have fewer"
         raise UserError(
             f"learner.device=cuda with {ranks} ranks (learner.tensor_model_parallel_size x context_parallel_size x data_parallel_size), "
@@ -33,8 +33,10 @@ def check_devices(config: Config) -> None:
         )
 
 
-def check_server_devices(config: Config) -> None:
-    """Raises UserError if this machine has fewer GPUs than the configuration generates on."""
+def check_server_devices(config: Config, roles: Collection[str] = ("student", "teacher")) -> None:
+    """Raises UserError if this machine has fewer GPUs than these roles' engines generate on."""
+    if not roles:
+        return
     gpus = torch.cuda.device_count()
     engine = config.engine
     if engine.device == "cuda" and not gpus and (engine.kind == "local" or engine.launch):
@@ -45,7 +47,7 @@ def check_server_devices(config: Config) -> None:
     if engine.kind == "sglang" and engine.launch and engine.device == "cuda":
         for role, servers in {"student": engine.student, "teacher": engine.teacher}.items():
             last = max(servers.gpus, default=servers.data_parallel_size * servers.tensor_parallel_size // nodes.count() - 1)
-            if last >= gpus and (role == "student" or config.teacher.path is not None):
+            if role in roles and last >= gpus and (role == "student" or config.teacher.path is not None):
                 raise UserError(
                     f"engine.{role} wants GPU {last} (data_parallel_size x tensor_parallel_size, or gpus), but this machine has {gpus}, "
                     "counted from 0: ask for fewer"

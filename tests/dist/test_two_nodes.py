@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from trd_megatron.learner.checkpoint_files import saved_steps
+
 ONE_NODE = ["experiment=smoke", "learner.tensor_model_parallel_size=2", "learner.sequence_parallel=true", "learner.data_parallel_size=2"]
 HOSTS = ("10.77.29.1", "10.77.29.2")
 
@@ -115,6 +117,23 @@ def test_when_the_first_node_is_killed_the_other_ends_and_the_run_goes_on(rewrit
     nodes = _two(run_dir, "127.0.0.1", 29630, [[], []], "learner.epochs=6")
     assert [node.wait(240) for node in nodes] == [0, 0], [node.stdout and node.stdout.read() for node in nodes]
     assert [row["step"] for row in _metrics(run_dir)] == list(range(1, 31))
+
+
+def test_when_all_nodes_are_asked_to_stop_the_ranks_save_together(rewritten: Path, tmp_path: Path) -> None:
+    """As a scheduler does before the time is up."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(rewritten, run_dir)
+    nodes = _two(run_dir, "127.0.0.1", 29660, [[], []], "learner.epochs=40", "learner.checkpoint_interval=1000")
+    metrics = run_dir / "train" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        assert time.monotonic() < deadline and nodes[0].poll() is None, nodes[0].stdout and nodes[0].stdout.read()
+        time.sleep(0.1)
+    for node in nodes:
+        node.send_signal(signal.SIGTERM)
+    assert [node.wait(100) for node in nodes] == [130, 130], [node.stdout and node.stdout.read() for node in nodes]
+    reached = len(metrics.read_text().splitlines())
+    assert reached < 200 and saved_steps(run_dir / "train" / "checkpoints") == [reached]
 
 
 def test_ranks_that_cannot_be_dealt_to_the_nodes_are_refused(rewritten: Path, tmp_path: Path) -> None:

@@ -196,6 +196,9 @@ def test_a_gpu_that_is_not_there(refused) -> None:  # type: ignore[no-untyped-de
         pytest.skip("this machine has a GPU")
     assert "learner.device=cuda with 1 ranks" in refused("learner.device=cuda")
     assert "engine.device=cuda, but this machine has no usable GPU" in refused("engine.device=cuda")
+    assert "engine.device=cuda" in refused("engine.device=cuda", "--until", "rollout")
+    # What comes after is for another machine: the first complaint is not about GPUs.
+    assert "missing.jsonl" in refused("engine.device=cuda", "learner.device=cuda", "data.path=missing.jsonl", "--until", "prepare")
 
 
 def test_an_untested_megatron_goes_on_only_when_asked(

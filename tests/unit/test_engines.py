@@ -1,12 +1,17 @@
 """Which servers run when: roles and the learner share GPUs in time, or servers keep their own."""
 
+import contextlib
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from trd_megatron import pipeline, preflight
+from tests.unit.test_nodes import free_port
+from trd_megatron import nodes, pipeline, preflight
 from trd_megatron.config import load
+from trd_megatron.engine import engines as engines_module
 from trd_megatron.engine import server, sglang
 from trd_megatron.engine.base import Weights
 from trd_megatron.engine.engines import Engines, Role
@@ -72,6 +77,34 @@ def test_roles_and_learner_share_gpus_in_time(events: list[str], tmp_path: Path)
         assert opened(engines, events, "student", SECOND, tmp_path)[0] == "start student 1"
         events.clear()
     assert events == ["stop student"]
+
+
+def test_what_went_wrong_is_not_hidden_behind_another_node_that_is_still_starting(
+    events: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The other node hears nothing but that we are gone."""
+    monkeypatch.setenv("SGLANG_API_KEY", "k")
+    place = nodes.Place(0, 2, "127.0.0.1", free_port())
+    let_go = threading.Event()
+
+    def follow() -> None:
+        with contextlib.suppress(nodes.NodeFailedError):
+            nodes.follow(replace(place, rank=1), {"serve": lambda *_: let_go.wait(30)}, lambda: None)
+
+    threading.Thread(target=follow, daemon=True).start()
+    monkeypatch.setattr(nodes, "leader", nodes.Leader(place))
+    monkeypatch.setattr(nodes, "members", 2)
+    monkeypatch.setattr(engines_module, "STOP_S", 1.0)
+
+    def fail(servers: Servers) -> None:
+        raise UserError("this SGLang does not know a flag")
+
+    monkeypatch.setattr(Servers, "start", fail)
+    config = load([*OPD, "engine.student.data_parallel_size=2"])
+    with pytest.raises(UserError, match="does not know a flag"), Engines(config, tmp_path, print) as engines:
+        engines.open("student", FIRST, tmp_path / "journal")
+    assert events == ["stop student"]
+    let_go.set()
 
 
 def test_kept_servers_stay_and_get_new_weights(events: list[str], tmp_path: Path) -> None:

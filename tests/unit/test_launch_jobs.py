@@ -3,12 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from trd_megatron import nodes
 from trd_megatron.config import load
 from trd_megatron.errors import UserError
 from trd_megatron.launch import nemo_style
 from trd_megatron.launch.jobs import Job, jobs, script
 from trd_megatron.launch.records import Launched, LaunchedJob
+from trd_megatron.pipeline import check_devices
 
 OPD = ["experiment=opd_qwen3_1_7b", "cluster=slurm"]
 
@@ -79,6 +82,18 @@ def test_servers_and_learner_get_nodes_by_their_sizes(settings: list[str], sizes
 def test_what_cannot_be_dealt_to_nodes_is_refused(settings: list[str], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         jobs(load([*OPD, *settings]))
+
+
+def test_a_job_needs_no_gpus_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load([*OPD, "engine.student.data_parallel_size=16", "learner.data_parallel_size=16"])  # 1 to 4 nodes
+    for job in jobs(config):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda job=job: job.gpus)
+        monkeypatch.setattr(nodes, "members", job.nodes)
+        check_devices(config, job.stages)
+        if job.gpus:
+            monkeypatch.setattr(torch.cuda, "device_count", lambda job=job: job.gpus - 1)
+            with pytest.raises(UserError, match="GPU"):
+                check_devices(config, job.stages)
 
 
 def test_a_job_runs_trd_node_where_the_user_stood_with_what_the_user_said() -> None:

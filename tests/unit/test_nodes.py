@@ -50,7 +50,7 @@ def test_an_address_leads_to_its_interface() -> None:
 
 
 def test_the_leader_asks_and_every_other_node_answers_in_order() -> None:
-    port = _free_port()
+    port = free_port()
     ended: list[int] = []
 
     def follower(rank: int) -> None:
@@ -82,9 +82,30 @@ def test_the_leader_asks_and_every_other_node_answers_in_order() -> None:
 def test_a_node_that_never_answers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "MEET_S", 1.0)
     with pytest.raises(NodeFailedError, match=r"here/1"):
-        Leader(Place(0, 2, "127.0.0.1", _free_port()))
+        Leader(Place(0, 2, "127.0.0.1", free_port()))
     with pytest.raises(NodeFailedError, match="node 1 of 2 does not reach node 0"):
-        nodes.follow(Place(1, 2, "127.0.0.1", _free_port()), {}, lambda: None)
+        nodes.follow(Place(1, 2, "127.0.0.1", free_port()), {}, lambda: None)
+
+
+def test_the_leader_hears_at_once_what_another_node_lacks() -> None:
+    port = free_port()
+    raised: list[str] = []
+
+    def follower() -> None:
+        def check() -> None:
+            raise UserError("no GPUs here")
+
+        try:
+            nodes.follow(Place(1, 2, "127.0.0.1", port), {}, lambda: None, check)
+        except UserError as error:
+            raised.append(str(error))
+
+    thread = threading.Thread(target=follower)
+    thread.start()
+    with pytest.raises(NodeFailedError, match="node 1: no GPUs here"):
+        Leader(Place(0, 2, "127.0.0.1", port))
+    thread.join(20)
+    assert raised == ["no GPUs here"]
 
 
 def test_only_what_can_be_dealt_evenly_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +116,7 @@ def test_only_what_can_be_dealt_evenly_is_shared(monkeypatch: pytest.MonkeyPatch
         nodes.share("x", 3)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -322,6 +322,18 @@ def test_server_that_outlives_sigkill_is_an_error(scripted: Scripted, monkeypatc
     servers._outlived = None  # for the fixture
 
 
+def test_a_start_ends_when_what_it_is_for_is_gone(scripted: Scripted) -> None:
+    scripted.script(silent=True)
+
+    def gone() -> None:
+        if scripted.starts:
+            raise RuntimeError("node 0 is gone")
+
+    with pytest.raises(RuntimeError, match="node 0 is gone"):
+        scripted.servers().start(gone)
+    assert scripted.pids and not alive(scripted.pids)
+
+
 def test_what_serve_prints_is_the_run_of_the_same_results(scripted: Scripted) -> None:
     words = ["experiment=smoke", "engine=sglang_cpu", "engine.dtype=bfloat16", "engine.student.extra_args=[--a,'{\"b\": 1}']"]
     served = load(words)

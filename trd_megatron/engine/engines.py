@@ -67,7 +67,10 @@ class Engines:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stop(list(self._launched))
+        if error is not None:  # the run ends with it, and the other nodes with the run: they may be too busy to answer
+            self._stop_own(list(self._launched))
+        else:
+            self._stop(list(self._launched))
 
     def open(self, role: Role, weights: Weights, journal: Path) -> Engine:
         """An engine that serves `weights`.
@@ -139,13 +142,16 @@ class Engines:
             self._elsewhere[role] = [url for urls in answers for url in urls]
 
     def _stop(self, roles: list[str]) -> None:
+        number = nodes.leader.ask("stop", roles=roles) if nodes.leader is not None and roles else None
+        self._stop_own(roles)
+        if nodes.leader is not None and number is not None:
+            nodes.leader.answers(number, STOP_S)
+
+    def _stop_own(self, roles: list[str]) -> None:
+        """Those on this machine."""
         from trd_megatron.engine.server import stop_all
 
-        if nodes.leader is not None and roles:
-            number = nodes.leader.ask("stop", roles=roles)
         stop_all([self._launched.pop(role) for role in roles])
-        if nodes.leader is not None and roles:
-            nodes.leader.answers(number, STOP_S)
 
 
 def as_dict(weights: Weights) -> dict[str, str | int]:

@@ -66,9 +66,10 @@ class LaunchedServers:
         """Of the running servers, in the order of their numbers; final once `start` has returned."""
         return [server.url for server in self._servers]
 
-    def start(self) -> None:
-        """Starts all and waits until all are healthy. Raises UserError or EngineFailedError with the line of the log that says why."""
-        start_all([self])
+    def start(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Starts all and waits until all are healthy. Raises UserError or EngineFailedError with the line of the log that says why, and
+        what `meanwhile` raises, which is called again and again."""
+        start_all([self], meanwhile)
 
     def use(self, weights: Weights) -> None:
         """What a restart loads from now on. A server that is just starting is started anew; those that run are the caller's to update."""
@@ -230,7 +231,7 @@ def _locked(logs: Path, role: str) -> IO[str]:
     return file
 
 
-def start_all(groups: Sequence[LaunchedServers]) -> None:
+def start_all(groups: Sequence[LaunchedServers], meanwhile: Callable[[], None] = lambda: None) -> None:
     """Starts the servers of several roles side by side and waits until all are healthy; if that fails, none is left running."""
     total = sum(getattr(group._engine, group.role).data_parallel_size for group in groups)
     began = time.monotonic()
@@ -241,6 +242,7 @@ def start_all(groups: Sequence[LaunchedServers]) -> None:
             healthy = 0
             while healthy < total:
                 time.sleep(0.1)
+                meanwhile()
                 for group in groups:
                     group.check()
                 now = sum(group.healthy for group in groups)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trd_megatron.config import Config, ServersConfig, parse
 from trd_megatron.errors import UserError
-from trd_megatron.pipeline import GROUPS, Stage, wanted
+from trd_megatron.pipeline import GROUPS, Stage, roles, wanted
 
 TOGETHER = (("prepare",), ("rollout",), ("refine",), ("train", "export"), ("evaluate", "report"))  # what is short goes with its neighbour
 SECRETS_PLACE = "/run/secrets/trd"
@@ -67,14 +67,12 @@ def _size(config: Config, group: str) -> tuple[int, int]:
             )
         return nodes, gpus
     engine = config.engine
-    roles = {"rollout": ["student"], "refine": ["teacher" if config.teacher.path else "student"], "evaluate": ["student"]}.get(group, [])
-    if group == "evaluate" and config.evaluate.teacher:
-        roles.append("teacher")
-    if not roles or engine.device != "cuda" or (engine.kind == "sglang" and not engine.launch):
+    asked = roles(config, group)
+    if not asked or engine.device != "cuda" or (engine.kind == "sglang" and not engine.launch):
         return 1, 0
     if engine.kind == "local":
         return 1, 1
-    sizes = {role: _servers(config, role, getattr(engine, role)) for role in roles}
+    sizes = {role: _servers(config, role, getattr(engine, role)) for role in asked}
     nodes = max(count for count, _ in sizes.values())
     if len({count for count, _ in sizes.values()}) > 1:
         raise UserError(

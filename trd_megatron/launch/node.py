@@ -1,17 +1,17 @@
 """What every node of a job does (`trd node`): the first runs the pipeline, the others lend it their ranks and servers."""
 
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trd_megatron import nodes, preflight
+from trd_megatron import nodes, pipeline
 from trd_megatron.config import Config
 from trd_megatron.engine.base import Weights, api_key
 from trd_megatron.engine.engines import check_open, of_one_node
 from trd_megatron.engine.server import LaunchedServers, stop_all
-from trd_megatron.learner.job import LOG, torchrun
+from trd_megatron.learner.job import LOG, end, torchrun
 from trd_megatron.nodes import Leader, Place
 from trd_megatron.run_dir import SERVERS
 
@@ -31,15 +31,15 @@ def lead(place: Place, run: Callable[[], None]) -> None:
         nodes.leader, nodes.members = None, 1
 
 
-def follow(place: Place, config: Config, say: Callable[[str], None]) -> None:
-    """Lends this node to the run that node 0 leads, until that ends. Raises NodeFailedError when node 0 is gone, UserError if this
-    machine lacks what the configuration needs."""
+def follow(place: Place, config: Config, stages: Sequence[str], say: Callable[[str], None]) -> None:
+    """Lends this node to the run of these stages that node 0 leads, until that ends. Raises NodeFailedError when node 0 is gone,
+    UserError if this machine lacks what the stages need."""
     helper = _Helper(place, config, say)
     nodes.members = place.count
     try:
-        preflight.check_devices(config)
         work: dict[str, nodes.Work] = {"train": helper.train, "serve": helper.serve, "use": helper.use, "stop": helper.stop}
-        nodes.follow(place, work, helper.check)
+        groups = [name.rpartition("/")[2] for name in stages]
+        nodes.follow(place, work, helper.check, lambda: pipeline.check_devices(config, groups))
     finally:
         helper.end()
         nodes.members = 1
@@ -67,8 +67,7 @@ class _Helper:
                     except subprocess.TimeoutExpired:
                         continue
             finally:
-                process.kill()  # its ranks die with it
-                process.wait()
+                end(process)
         return process.returncode
 
     def serve(self, asked: dict[str, Any], check: Callable[[], None]) -> list[str]:
@@ -78,7 +77,7 @@ class _Helper:
         logs = Path(self.config.run_dir) / SERVERS / f"node-{self.place.rank}"
         engine = of_one_node(self.config.engine, role)
         self.servers[role] = LaunchedServers(role, _weights(asked), engine, logs, self.say, host=host, api_key=api_key())
-        self.servers[role].start()
+        self.servers[role].start(check)
         self.say(f"node {self.place.rank}: {role} servers at {', '.join(self.servers[role].urls)}")
         return self.servers[role].urls
 

@@ -89,6 +89,17 @@ def torchrun(folders: Sequence[Path], config: LearnerConfig, place: Place, numbe
     return command, environment
 
 
+def end(process: "subprocess.Popen[Any]") -> None:
+    """Ends torchrun, if it still runs. Its ranks are asked to save a checkpoint first: on every node, since they do it together."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()  # its ranks die with it
+            process.wait()
+
+
 def run_all(folders: Sequence[Path], config: LearnerConfig) -> Iterator[tuple[int, dict[str, Any]]]:
     """Starts the ranks with torchrun, who do the jobs of these folders one after the other, and yields (index of the job, metrics) of each
     step as it ends (of work "score": nothing). `config`: of one of them; all need as many ranks, on the same device.
@@ -115,13 +126,7 @@ def run_all(folders: Sequence[Path], config: LearnerConfig) -> Iterator[tuple[in
                     log.write(line)
             code = process.wait()
         finally:
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(timeout=30)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+            end(process)
     if code == 0:
         return
     found = [folder / ERROR for folder in folders if (folder / ERROR).exists()]

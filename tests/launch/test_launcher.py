@@ -50,11 +50,12 @@ def test_slurm_gets_a_script_for_each_job_with_its_own_nodes(trd: Trd, tmp_path:
             assert f"#SBATCH --{option}\n" in text, (name, option)
         assert ("#SBATCH --gpus-per-node=8\n" in text) == (name != "prepare")
         assert ("export TRD_HEAD=$head_node\n" in text) == (nodes > 1)
-        assert "export TORCHX_MAX_RETRIES=5\n" in text and "export NCCL_DEBUG=INFO\n" in text
+        assert "export TORCHX_MAX_RETRIES=5\n" in text
         assert ("--container-image nvcr.io#learner:1" in text) == (name == "train")
         assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
     assert "--container-mounts /shared:/shared," in scripts["train"] and "--container-env HF_TOKEN" in scripts["train"]
-    assert found["train: what each of its 4 nodes runs"].splitlines()[-1].endswith(f"run_dir={run_dir} --stages train,export")
+    assert found["train: what each of its 4 nodes runs"].rstrip().endswith(f"run_dir={run_dir} --stages train,export")
+    assert "export NCCL_DEBUG=INFO\n" in found["train: what each of its 4 nodes runs"]
     assert "written nowhere" not in str(found)
     assert not run_dir.exists()
 
@@ -111,11 +112,13 @@ def test_kubernetes_without_access_to_a_cluster_is_one_line(trd: Trd, tmp_path: 
     assert done.returncode == 2 and "finds no access to a cluster" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_smoke_runs_on_this_machine_job_by_job(trd: Trd, tmp_path: Path) -> None:
+def test_smoke_runs_on_this_machine_job_by_job(trd: Trd, nemo_home: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = ["experiment=smoke", "cluster=local", f"cluster.trd={sys.executable} -m trd_megatron.cli", f"run_dir={run_dir}"]
-    done = trd("launch", *arguments, "--stages", "prepare,rollout")
+    done = trd("launch", *arguments, "--stages", "prepare,rollout", HF_TOKEN="a-secret", SGLANG_API_KEY="a-secret")
     assert done.returncode == 0, done.stderr
+    written = [path for folder in (run_dir, nemo_home) for path in folder.rglob("*") if path.is_file()]
+    assert written and not [path for path in written if b"a-secret" in path.read_bytes()]
     assert json.loads((run_dir / "rollouts" / "manifest.json").read_text())["status"] == "done"
     status = trd("status", str(run_dir))
     assert "Jobs on local" in status.stdout and "rollout" in status.stdout

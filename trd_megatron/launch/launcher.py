@@ -68,7 +68,7 @@ def dry_run(config: Config, overrides: Sequence[str], jobs: Sequence[Job]) -> It
 def _container(container: Any) -> dict[str, Any]:
     of = container.executor
     return {
-        "image": of.container_image, "command": container.command, "volumes": of.volumes, "environment": of.env_vars,
+        "image": of.container_image, "command": container.command, "volumes": of.volumes,
         "gpus": of.num_gpus, "runtime": of.runtime, "ipc": of.ipc_mode, "network": of.network,
     }  # fmt: skip
 

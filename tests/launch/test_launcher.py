@@ -1,6 +1,7 @@
 """`trd launch` against the real NeMo-Run: what it would submit to each scheduler, and a run on this machine."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -157,3 +158,20 @@ def test_a_scheduler_that_is_not_there_is_one_line(trd: Trd, tmp_path: Path) -> 
         done = trd("launch", "experiment=smoke", f"cluster={kind}", *images, **variables)
         assert done.returncode == 2 and f"{kind} is not to be reached" in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_what_was_submitted_before_a_refusal_is_taken_back(trd: Trd, tmp_path: Path) -> None:
+    """A queue that has room for two jobs: commands in the place of Slurm's."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    (commands / "sbatch").write_text(
+        f"#!/bin/sh\necho x >> {tmp_path}/asked; n=$(wc -l < {tmp_path}/asked)\n"
+        'if [ "$n" -gt 2 ]; then echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1; fi; echo "70$n"\n'
+    )
+    (commands / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/cancelled\n')
+    for file in commands.iterdir():
+        file.chmod(0o755)
+    done = trd("launch", "experiment=smoke", "cluster=slurm", f"run_dir={tmp_path / 'run'}", PATH=f"{commands}:{os.environ['PATH']}")
+    assert done.returncode == 2 and "QOSMaxSubmitJobPerUserLimit" in done.stderr, done.stderr
+    assert (tmp_path / "cancelled").read_text().split() == ["701", "702"]
+    assert not (tmp_path / "run" / "launch" / "jobs.json").exists()

@@ -2,12 +2,15 @@
 
 import socket
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trd_megatron import nodes
+from trd_megatron.config import LearnerConfig
 from trd_megatron.errors import UserError
+from trd_megatron.learner.job import run_ranks
 from trd_megatron.nodes import Leader, NodeFailedError, Place
 
 
@@ -114,6 +117,13 @@ def test_only_what_can_be_dealt_evenly_is_shared(monkeypatch: pytest.MonkeyPatch
     assert nodes.share("x", 4) == 2
     with pytest.raises(UserError, match="x=3 cannot be dealt evenly to 2 nodes"):
         nodes.share("x", 3)
+
+
+def test_tensor_parallelism_across_nodes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(nodes, "members", 2)
+    config = LearnerConfig(tensor_model_parallel_size=2, data_parallel_size=1)
+    with pytest.raises(UserError, match="does not fit into a node's 1 ranks"):
+        next(run_ranks(tmp_path, config))
 
 
 def free_port() -> int:

@@ -1,5 +1,6 @@
 """Which node this is, and how the first asks the others."""
 
+import contextlib
 import socket
 import threading
 from pathlib import Path
@@ -109,6 +110,22 @@ def test_the_leader_hears_at_once_what_another_node_lacks() -> None:
         Leader(Place(0, 2, "127.0.0.1", port))
     thread.join(20)
     assert raised == ["no GPUs here"]
+
+
+def test_the_leader_hears_of_what_ends_another_node() -> None:
+    port = free_port()
+
+    def follower() -> None:
+        with contextlib.suppress(ZeroDivisionError):
+            nodes.follow(Place(1, 2, "127.0.0.1", port), {"divide": lambda asked, check: 1 // 0}, lambda: None)
+
+    thread = threading.Thread(target=follower)
+    thread.start()
+    leader = Leader(Place(0, 2, "127.0.0.1", port))
+    with pytest.raises(NodeFailedError, match="node 1: ZeroDivisionError"):
+        leader.answers(leader.ask("divide"), 10)
+    thread.join(20)
+    assert not thread.is_alive()
 
 
 def test_only_what_can_be_dealt_evenly_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ what is computed: changing it never makes a finished stage stale.
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -306,7 +307,7 @@ class ClusterConfig:
     trd: str = opt("trd", "How a job calls us, e.g. /shared/trd_megatron/.venv/bin/trd.", layout=True)
     package: str = opt(
         "installed",
-        "What a job runs. installed: what cluster.trd finds. git: the commit that you stand on, brought along.",
+        "What a job runs. installed: what cluster.trd finds. git (slurm, docker): the commit that you stand on, brought along.",
         choices=("installed", "git"),
         layout=True,
     )
@@ -425,6 +426,14 @@ def parse(text: str) -> Override:
     if override.package is not None:
         raise UserError(f"'{text}': write group=option, without a package")
     return override
+
+
+def quoted(text: str) -> str:
+    """`text` as an override's value, or in a list of them, so that `parse` reads exactly that, whatever is in it."""
+    if re.fullmatch(r"[\w./-]+", text) and parse(f"key={text}").value() == text:
+        return text
+    # Hydra takes a backslash as one but before a quote.
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
 
 
 def _own_task(experiment: str) -> list[str]:

@@ -110,6 +110,10 @@ def _check_cluster(config: Config) -> None:
     cluster = config.cluster
     if cluster.retries < 0:
         raise UserError(f"cluster.retries={cluster.retries}: must be 0 or above")
+    if cluster.package == "git" and cluster.kind in ("local", "kubernetes"):
+        raise UserError(f"cluster.package=git: cluster={cluster.kind} brings no code along, it runs what cluster.trd finds")
+    if cluster.secrets_file is not None and cluster.kind != "docker":
+        raise UserError("cluster.secrets_file is for cluster=docker: elsewhere see cluster.secrets and cluster.secret_name")
     for mount in cluster.mounts:
         if ":" not in mount:
             raise UserError(f"cluster.mounts: '{mount}' is not SOURCE:TARGET")

@@ -202,8 +202,8 @@ Work = Callable[[dict[str, Any], Callable[[], None]], Any]  # (what is asked, ra
 def follow(place: Place, work: Mapping[str, Work], idle: Callable[[], None], check: Callable[[], None] = lambda: None) -> None:
     """The life of every node but the first: does what it is asked for until the leader ends. idle: called while nothing is asked.
 
-    What `work` raises as UserError or RuntimeError becomes the answer. check: before the first of it; what it raises as UserError
-    the leader hears, and so does the caller. Raises NodeFailedError when the leader is gone.
+    What `work` raises becomes the answer; but for UserError and RuntimeError it ends this node too. check: before the first of it;
+    what it raises as UserError the leader hears, and so does the caller. Raises NodeFailedError when the leader is gone.
     """
     link = Link(place)
     try:
@@ -221,6 +221,9 @@ def follow(place: Place, work: Mapping[str, Work], idle: Callable[[], None], che
             raise
         except (UserError, RuntimeError) as error:
             answer = {"error": str(error)}
+        except Exception as error:  # a mistake of ours, or a full disk: node 0 need not wait until its time is up
+            link.put(f"answer/{number}/{place.rank}", {"error": f"{type(error).__name__}: {error}"})
+            raise
         link.put(f"answer/{number}/{place.rank}", answer)
         if asked["kind"] == "end":
             return

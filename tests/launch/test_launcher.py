@@ -1,6 +1,7 @@
 """`trd launch` against the real NeMo-Run: what it would submit to each scheduler, and a run on this machine."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,11 +51,12 @@ def test_slurm_gets_a_script_for_each_job_with_its_own_nodes(trd: Trd, tmp_path:
             assert f"#SBATCH --{option}\n" in text, (name, option)
         assert ("#SBATCH --gpus-per-node=8\n" in text) == (name != "prepare")
         assert ("export TRD_HEAD=$head_node\n" in text) == (nodes > 1)
-        assert "export TORCHX_MAX_RETRIES=5\n" in text and "export NCCL_DEBUG=INFO\n" in text
+        assert "export TORCHX_MAX_RETRIES=5\n" in text
         assert ("--container-image nvcr.io#learner:1" in text) == (name == "train")
         assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
     assert "--container-mounts /shared:/shared," in scripts["train"] and "--container-env HF_TOKEN" in scripts["train"]
-    assert found["train: what each of its 4 nodes runs"].splitlines()[-1].endswith(f"run_dir={run_dir} --stages train,export")
+    assert found["train: what each of its 4 nodes runs"].rstrip().endswith(f"run_dir={run_dir} --stages train,export")
+    assert "export NCCL_DEBUG=INFO\n" in found["train: what each of its 4 nodes runs"]
     assert "written nowhere" not in str(found)
     assert not run_dir.exists()
 
@@ -111,11 +113,13 @@ def test_kubernetes_without_access_to_a_cluster_is_one_line(trd: Trd, tmp_path: 
     assert done.returncode == 2 and "finds no access to a cluster" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_smoke_runs_on_this_machine_job_by_job(trd: Trd, tmp_path: Path) -> None:
+def test_smoke_runs_on_this_machine_job_by_job(trd: Trd, nemo_home: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = ["experiment=smoke", "cluster=local", f"cluster.trd={sys.executable} -m trd_megatron.cli", f"run_dir={run_dir}"]
-    done = trd("launch", *arguments, "--stages", "prepare,rollout")
+    done = trd("launch", *arguments, "--stages", "prepare,rollout", HF_TOKEN="a-secret", SGLANG_API_KEY="a-secret")
     assert done.returncode == 0, done.stderr
+    written = [path for folder in (run_dir, nemo_home) for path in folder.rglob("*") if path.is_file()]
+    assert written and not [path for path in written if b"a-secret" in path.read_bytes()]
     assert json.loads((run_dir / "rollouts" / "manifest.json").read_text())["status"] == "done"
     status = trd("status", str(run_dir))
     assert "Jobs on local" in status.stdout and "rollout" in status.stdout
@@ -154,3 +158,20 @@ def test_a_scheduler_that_is_not_there_is_one_line(trd: Trd, tmp_path: Path) -> 
         done = trd("launch", "experiment=smoke", f"cluster={kind}", *images, **variables)
         assert done.returncode == 2 and f"{kind} is not to be reached" in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_what_was_submitted_before_a_refusal_is_taken_back(trd: Trd, tmp_path: Path) -> None:
+    """A queue that has room for two jobs: commands in the place of Slurm's."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    (commands / "sbatch").write_text(
+        f"#!/bin/sh\necho x >> {tmp_path}/asked; n=$(wc -l < {tmp_path}/asked)\n"
+        'if [ "$n" -gt 2 ]; then echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1; fi; echo "70$n"\n'
+    )
+    (commands / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/cancelled\n')
+    for file in commands.iterdir():
+        file.chmod(0o755)
+    done = trd("launch", "experiment=smoke", "cluster=slurm", f"run_dir={tmp_path / 'run'}", PATH=f"{commands}:{os.environ['PATH']}")
+    assert done.returncode == 2 and "QOSMaxSubmitJobPerUserLimit" in done.stderr, done.stderr
+    assert (tmp_path / "cancelled").read_text().split() == ["701", "702"]
+    assert not (tmp_path / "run" / "launch" / "jobs.json").exists()

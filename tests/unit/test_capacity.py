@@ -13,6 +13,7 @@ from trd_megatron.capacity.gpus import GPUS
 from trd_megatron.capacity.memory import Load, Memory, learner_memory, rank_adapters, rank_parameters
 from trd_megatron.capacity.models import KNOWN, active_parameters
 from trd_megatron.config import LearnerConfig, load, options
+from trd_megatron.errors import UserError
 from trd_megatron.learner.flops import PEAKS
 
 MODEL_8B = KNOWN["Qwen/Qwen3-8B"]
@@ -41,6 +42,13 @@ def test_ranks_hold_together_what_one_holds_but_for_what_is_replicated() -> None
     assert rank_adapters(MODEL_8B, 64, targets, 1) == MODEL_8B.adapter_parameters(64, targets)
     # q alone: A [64, 4096] whole, B [4096 / 2, 64]
     assert rank_adapters(MODEL_8B, 64, ["q_proj"], 2) == 36 * 64 * (4096 + 2048)
+
+
+def test_an_a100_has_no_fp8() -> None:
+    config = load(["experiment=opsd_qwen3_8b", "learner.fp8=delayed"])
+    assert len(plan.stages(config, MODEL_8B, None, GPUS["H100"])) == 4
+    with pytest.raises(UserError, match=r"A100.* does not multiply in fp8: set learner\.fp8=none"):
+        plan.stages(config, MODEL_8B, None, GPUS["A100"])
 
 
 def _memory(**settings: object) -> Memory:

@@ -1,12 +1,16 @@
 """Which jobs a run has, on how many nodes, and what each runs."""
 
+import json
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from trd_megatron import nodes
-from trd_megatron.config import load
+from trd_megatron.config import load, quoted
 from trd_megatron.errors import UserError
 from trd_megatron.launch import nemo_style
 from trd_megatron.launch.jobs import Job, jobs, script
@@ -97,15 +101,56 @@ def test_a_job_needs_no_gpus_but_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_job_runs_trd_node_where_the_user_stood_with_what_the_user_said() -> None:
-    overrides = ["experiment=smoke", "cluster=slurm", "cluster.trd=/shared/venv/bin/trd", "cluster.setup=[module load cuda]", "run_dir=r",
+    overrides = ["experiment=smoke", "cluster=local", "cluster.trd=/shared/venv/bin/trd", "cluster.setup=[module load cuda]", "run_dir=r",
                  "data.path=a b.jsonl"]  # fmt: skip
     config = load(overrides)
     text = script(config, overrides, jobs(config)[3], Path("/home/me/work dir"))
     assert text.splitlines()[-3:] == [
         "module load cuda",
         "cd '/home/me/work dir'",
-        "exec /shared/venv/bin/trd node experiment=smoke 'data.path=a b.jsonl' 'run_dir=/home/me/work dir/r' --stages train,export",
-    ]
+        "exec /shared/venv/bin/trd node experiment=smoke 'data.path=a b.jsonl' "
+        + shlex.quote("run_dir='/home/me/work dir/r'") + " --stages train,export",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("folder", ["it's", 'two "quotes"', "a,b", "[x]", "$HOME", "a\\b", "a=b", "new\nline", "#1"])
+def test_whatever_is_in_a_path_or_a_variable_arrives(folder: str, tmp_path: Path) -> None:
+    """The script as bash reads it, and the override as Hydra does."""
+    (tmp_path / folder).mkdir()
+    overrides = ["experiment=smoke", "cluster=local", f"cluster.trd={sys.executable} {tmp_path}/show.py", f"data.path={quoted(folder)}",
+                 f"cluster.env={{lower_case: {quoted(folder)}}}"]  # fmt: skip
+    (tmp_path / "show.py").write_text("import json, os, sys\nprint(json.dumps([sys.argv[1:], os.environ['lower_case'], os.getcwd()]))")
+    config = load(overrides)
+    text = script(config, overrides, jobs(config)[0], tmp_path / folder)
+    done = subprocess.run(["bash"], input=text, text=True, capture_output=True, check=True)
+    words, variable, where = json.loads(done.stdout)
+    assert (words[0], words[-2:], variable, where) == ("node", ["--stages", "prepare"], folder, str(tmp_path / folder))
+    again = load(words[1:-2])
+    assert (again.data.path, again.run_dir) == (folder, str(tmp_path / folder / config.run_dir))
+
+
+def test_pods_have_no_folder_that_the_user_stood_in() -> None:
+    overrides = ["experiment=smoke", "cluster=kubernetes", "run_dir=/runs/x"]
+    config = load(overrides)
+    assert "cd " not in script(config, overrides, jobs(config)[0], Path("/home/me"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        (["cluster=slurm", "run_dir=a b"], "no path with a blank"),
+        (["cluster=slurm", "run_dir=/shared/nemo_runs/x"], "NeMo-Run has a folder /nemo_run"),
+        (["cluster=local", "cluster.package=git"], "cluster=local brings no code along"),
+        (["cluster=slurm", "cluster.secrets_file=keys"], r"cluster\.secrets_file is for cluster=docker"),
+    ],
+)
+def test_what_nemo_run_would_break_or_leave_out_is_refused(settings: list[str], complaint: str) -> None:
+    def make() -> str:
+        config = load(["experiment=smoke", *settings])
+        return script(config, settings, jobs(config)[0], Path("/w"))
+
+    with pytest.raises(UserError, match=complaint):
+        make()
 
 
 def test_secrets_are_read_from_a_file_in_the_container_and_the_code_is_what_git_packed() -> None:
@@ -131,7 +176,8 @@ def test_a_nemo_launchers_configuration_becomes_ours() -> None:
     values = {
         "experiment": "smoke", "overrides": {"method": "forward_kl", "run_dir": "x y"}, "stages": ["rollout", "train"],
         "base_results_dir": "/r",
-        "container": "a:1", "rollout_container": None, "container_mounts": ["/d:/d"], "env_vars": {"A": "b c"}, "dry_run": True,
+        "container": "a:1", "rollout_container": None, "container_mounts": ["/d:/d"],
+        "env_vars": {"A": "b c", "B": "true", "C": "x\\y"}, "dry_run": True,
         "cluster": {"type": "bcm", "partition": "p", "account": None, "sbatch": {"qos": "high"}, "time_limit": "04:00:00"},
     }  # fmt: skip
     words = nemo_style.arguments(values)
@@ -139,7 +185,8 @@ def test_a_nemo_launchers_configuration_becomes_ours() -> None:
     config = load(words[:-3])
     assert (config.cluster.kind, config.cluster.partition, config.cluster.account) == ("slurm", "p", None)
     assert (config.cluster.learner_image, config.cluster.rollout_image) == ("a:1", "a:1")
-    assert config.cluster.sbatch == {"qos": "high"} and config.cluster.env == {"A": "b c"} and config.cluster.mounts == ["/d:/d"]
+    assert config.cluster.env == {"A": "b c", "B": "true", "C": "x\\y"}
+    assert config.cluster.sbatch == {"qos": "high"} and config.cluster.mounts == ["/d:/d"]
     assert (config.method.name, config.run_dir, config.cluster.time_limit) == ("forward_kl", "x y", "04:00:00")
     with pytest.raises(ValueError, match=r"cluster\.type=pbs"):
         nemo_style.arguments(values | {"cluster": {"type": "pbs"}})

@@ -1,13 +1,17 @@
 """Which node this is, and how the first asks the others."""
 
+import contextlib
 import socket
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trd_megatron import nodes
+from trd_megatron.config import LearnerConfig
 from trd_megatron.errors import UserError
+from trd_megatron.learner.job import run_ranks
 from trd_megatron.nodes import Leader, NodeFailedError, Place
 
 
@@ -108,12 +112,35 @@ def test_the_leader_hears_at_once_what_another_node_lacks() -> None:
     assert raised == ["no GPUs here"]
 
 
+def test_the_leader_hears_of_what_ends_another_node() -> None:
+    port = free_port()
+
+    def follower() -> None:
+        with contextlib.suppress(ZeroDivisionError):
+            nodes.follow(Place(1, 2, "127.0.0.1", port), {"divide": lambda asked, check: 1 // 0}, lambda: None)
+
+    thread = threading.Thread(target=follower)
+    thread.start()
+    leader = Leader(Place(0, 2, "127.0.0.1", port))
+    with pytest.raises(NodeFailedError, match="node 1: ZeroDivisionError"):
+        leader.answers(leader.ask("divide"), 10)
+    thread.join(20)
+    assert not thread.is_alive()
+
+
 def test_only_what_can_be_dealt_evenly_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nodes.share("x", 3) == 3
     monkeypatch.setattr(nodes, "members", 2)
     assert nodes.share("x", 4) == 2
     with pytest.raises(UserError, match="x=3 cannot be dealt evenly to 2 nodes"):
         nodes.share("x", 3)
+
+
+def test_tensor_parallelism_across_nodes_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(nodes, "members", 2)
+    config = LearnerConfig(tensor_model_parallel_size=2, data_parallel_size=1)
+    with pytest.raises(UserError, match="does not fit into a node's 1 ranks"):
+        next(run_ranks(tmp_path, config))
 
 
 def free_port() -> int:

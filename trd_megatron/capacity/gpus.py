@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from trd_megatron.errors import UserError
 from trd_megatron.learner.flops import PEAKS
 
 # Shares of a peak that are reached. Assumptions, from what is commonly reported of Megatron and SGLang on such GPUs.
@@ -25,8 +26,11 @@ class GPU:
     network: float
 
     def flops(self, dtype: str) -> float:
-        """Dense FLOP/s."""
-        return PEAKS[self.name][dtype] * 1e12
+        """Dense FLOP/s. Raises UserError for a type that the GPU has no tensor cores for."""
+        peaks = PEAKS[self.name]
+        if dtype not in peaks:
+            raise UserError(f"{self.name} does not multiply in {dtype}: set learner.{dtype}=none, or another cluster.gpu")
+        return peaks[dtype] * 1e12
 
 
 GPUS = {

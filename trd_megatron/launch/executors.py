@@ -34,7 +34,7 @@ def _image(cluster: ClusterConfig, job: Job) -> str:
 
 
 def _local(cluster: ClusterConfig, job: Job, folder: Path) -> Any:
-    return nemo_run.LocalExecutor(packager=_packager(cluster), env_vars=dict(cluster.env))
+    return nemo_run.LocalExecutor(packager=_packager(cluster))
 
 
 def _docker(cluster: ClusterConfig, job: Job, folder: Path) -> Any:
@@ -48,7 +48,6 @@ def _docker(cluster: ClusterConfig, job: Job, folder: Path) -> Any:
         ipc_mode="host" if job.gpus else None,  # NCCL's shared memory
         network="host",  # servers and learner talk at the loopback address
         volumes=mounts,
-        env_vars=dict(cluster.env),
         packager=_packager(cluster),
     )
 
@@ -68,7 +67,7 @@ def _slurm(cluster: ClusterConfig, job: Job, folder: Path) -> Any:
         container_image=image,
         container_mounts=list(cluster.mounts),
         container_env=[name for name in cluster.secrets if name in os.environ] if image else None,
-        env_vars=dict(cluster.env) | ({"TRD_HEAD": HEAD} if job.nodes > 1 else {}),
+        env_vars={"TRD_HEAD": HEAD} if job.nodes > 1 else {},
         retries=cluster.retries,
         packager=_packager(cluster),
         tunnel=nemo_run.LocalTunnel(job_dir=str(folder / "experiments")),
@@ -101,7 +100,6 @@ def _kubernetes(cluster: ClusterConfig, job: Job, folder: Path) -> Any:
             gpus_per_node=job.gpus or None,
             volumes=volumes,
             volume_mounts=mounts,
-            env_vars=dict(cluster.env),
             env_list=secrets,
             train_job_basename=f"trd-{job.name}",
         )

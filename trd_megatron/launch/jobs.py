@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trd_megatron.config import Config, ServersConfig, parse
+from trd_megatron.config import Config, ServersConfig, parse, quoted
 from trd_megatron.errors import UserError
 from trd_megatron.pipeline import GROUPS, Stage, roles, wanted
 
 TOGETHER = (("prepare",), ("rollout",), ("refine",), ("train", "export"), ("evaluate", "report"))  # what is short goes with its neighbour
 SECRETS_PLACE = "/run/secrets/trd"
+CODE_ROOT = "/nemo_run"
 
 
 @dataclass(frozen=True)
@@ -107,19 +108,29 @@ def _deal(config: Config, what: str, total: int) -> tuple[int, int]:
 
 
 def script(config: Config, overrides: Sequence[str], job: Job, workdir: Path) -> str:
-    """What every node of a job runs, in bash. workdir: where the overrides' relative paths count from."""
+    """What every node of a job runs, in bash. workdir: where the overrides' relative paths count from; pods have no such folder.
+
+    Raises UserError for what NeMo-Run would change or break.
+    """
     cluster = config.cluster
     lines = ["set -e", "export TERM=dumb COLUMNS=140  # srun's unbuffered output looks like a terminal"]
-    if cluster.secrets_file is not None:
+    if cluster.kind == "docker" and cluster.secrets_file is not None:
         lines += ["set -a", f". {SECRETS_PLACE}", "set +a"]
-    if cluster.package == "git":
-        lines.append("export PYTHONPATH=/nemo_run/code")  # NeMo-Run puts the folder's true place here, outside of containers
-    lines += [*cluster.setup, f"cd {shlex.quote(str(workdir))}"]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.env.items()]
+    own = [*cluster.setup] + ([] if cluster.kind == "kubernetes" else [f"cd {shlex.quote(str(workdir))}"])
     words = [*shlex.split(cluster.trd), "node", *_kept(config, overrides, workdir), "--stages", ",".join(job.stages)]
-    return "\n".join([*lines, f"exec {shlex.join(words)}"]) + "\n"
+    own.append(f"exec {shlex.join(words)}")
+    if any(CODE_ROOT in line for line in [*lines, *own]):
+        raise UserError(f"NeMo-Run has a folder {CODE_ROOT} of its own in every job: use no path with {CODE_ROOT} in it")
+    if cluster.package == "git":
+        lines.append(f"export PYTHONPATH={CODE_ROOT}/code")  # NeMo-Run puts the folder's true place here, outside of containers
+    return "\n".join([*lines, *own]) + "\n"
 
 
 def _kept(config: Config, overrides: Sequence[str], workdir: Path) -> list[str]:
     """The user's settings; the run directory by its absolute path, and not the scheduler's."""
+    run_dir = str(workdir / config.run_dir)
+    if config.cluster.kind == "slurm" and any(letter.isspace() for letter in run_dir):
+        raise UserError(f"run_dir={run_dir}: sbatch and srun take no path with a blank in it, choose another")
     kept = [text for text in overrides if parse(text).key_or_group.split(".")[0] not in ("cluster", "run_dir")]
-    return [*kept, f"run_dir={(workdir / config.run_dir)}"]
+    return [*kept, f"run_dir={quoted(run_dir)}"]

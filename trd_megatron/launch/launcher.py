@@ -16,6 +16,7 @@ from torchx.specs.api import AppState
 from trd_megatron.config import Config
 from trd_megatron.engine.base import API_KEY
 from trd_megatron.errors import UserError
+from trd_megatron.launch import slurm
 from trd_megatron.launch.executors import executor
 from trd_megatron.launch.jobs import Job, script
 from trd_megatron.launch.records import JobFailedError, Launched, LaunchedJob
@@ -34,7 +35,12 @@ def launch(config: Config, overrides: Sequence[str], jobs: Sequence[Job]) -> Lau
     together = [list(jobs)] if config.cluster.kind == "slurm" else [[job] for job in jobs]
     for group in together:
         with _refusals(config.cluster.kind), _experiment(config, overrides, group, folder) as experiment:
-            experiment.run(detach=config.cluster.kind == "slurm", tail_logs=config.cluster.kind != "slurm")
+            try:
+                experiment.run(detach=config.cluster.kind == "slurm", tail_logs=config.cluster.kind != "slurm")
+            except Exception:
+                if config.cluster.kind == "slurm":  # nobody would know of those that are in the queue already
+                    slurm.cancel([_app_id(job) for job in experiment.jobs if job.launched])
+                raise
             for job, of_nemo in zip(group, experiment.jobs, strict=True):
                 launched.jobs.append(LaunchedJob(job.name, _app_id(of_nemo), job.stages, job.nodes, job.gpus, of_nemo.executor.job_dir))
             launched.write()
@@ -68,7 +74,7 @@ def dry_run(config: Config, overrides: Sequence[str], jobs: Sequence[Job]) -> It
 def _container(container: Any) -> dict[str, Any]:
     of = container.executor
     return {
-        "image": of.container_image, "command": container.command, "volumes": of.volumes, "environment": of.env_vars,
+        "image": of.container_image, "command": container.command, "volumes": of.volumes,
         "gpus": of.num_gpus, "runtime": of.runtime, "ipc": of.ipc_mode, "network": of.network,
     }  # fmt: skip
 

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trd_megatron.config import quoted
+
 KINDS = {"bcm": "slurm", "k8s": "kubernetes", "interactive": "local"}
 
 
@@ -47,6 +49,4 @@ def _hydra(value: Any) -> str:
         return "{" + ",".join(f"{key}:{_hydra(item)}" for key, item in value.items()) + "}"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "[" + ",".join(map(_hydra, value)) + "]"
-    if isinstance(value, str) and not value.replace("_", "").replace("-", "").replace(".", "").replace("/", "").isalnum():
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    return str(value)
+    return quoted(value) if isinstance(value, str) else str(value)

@@ -109,7 +109,12 @@ def run_all(folders: Sequence[Path], config: LearnerConfig) -> Iterator[tuple[in
     """
     for folder in folders:
         (folder / ERROR).unlink(missing_ok=True)
-    nodes.share("learner ranks (tensor_model_parallel_size x context_parallel_size x data_parallel_size)", config.ranks)
+    of_node = nodes.share("learner ranks (tensor_model_parallel_size x context_parallel_size x data_parallel_size)", config.ranks)
+    if of_node % config.tensor_model_parallel_size:
+        raise UserError(
+            f"learner.tensor_model_parallel_size={config.tensor_model_parallel_size} does not fit into a node's {of_node} ranks: "
+            "tensor parallelism stays inside a node"
+        )
     place = Place() if nodes.leader is None else nodes.leader.place
     number = 0 if nodes.leader is None else nodes.leader.ask("train", folders=[str(folder.absolute()) for folder in folders])
     command, environment = torchrun(folders, config, place, number)

@@ -69,6 +69,10 @@ def test_servers_and_learner_get_nodes_by_their_sizes(settings: list[str], sizes
     assert found["prepare"] == (1, 0)
 
 
+def test_what_neither_trains_nor_generates_gets_no_gpu() -> None:
+    assert [(job.stages, job.gpus) for job in jobs(load(OPD), ["export", "report"])] == [(("export",), 0), (("report",), 0)]
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [

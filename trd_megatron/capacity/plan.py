@@ -175,9 +175,11 @@ def _time_table(found: list[Stage], config: Config) -> Table:
     for stage in found:
         mean = f"{stage.lengths.prompt:,.0f} + {stage.lengths.response:,.0f}"
         timing = stage.timing
-        hours, used = f"{timing.seconds / 3600:.2f}", f"{timing.gpu_hours:,.1f}"
-        table.add_row(stage.name, f"{stage.samples:,}", mean, f"{timing.gpus}", hours, used, timing.limit)
-    total = sum(stage.timing.seconds for stage in found) / 3600
-    table.add_row("all", "", "", "", f"{total * config.rounds:.2f}", f"{sum(s.timing.gpu_hours for s in found) * config.rounds:,.1f}",
-                  f"{config.rounds} rounds" if config.rounds > 1 else "")  # fmt: skip
+        cells = [f"{timing.seconds / 3600:.2f}", f"{timing.gpu_hours:,.1f}", timing.limit]
+        table.add_row(stage.name, f"{stage.samples:,}", mean, f"{timing.gpus}", *cells)
+    # The base is evaluated in the first round alone.
+    times = [1 + (config.rounds - 1) * (0.5 if stage.name == "evaluate" else 1) for stage in found]
+    total = sum(stage.timing.seconds * count for stage, count in zip(found, times, strict=True)) / 3600
+    used = sum(stage.timing.gpu_hours * count for stage, count in zip(found, times, strict=True))
+    table.add_row("all", "", "", "", f"{total:.2f}", f"{used:,.1f}", f"{config.rounds} rounds" if config.rounds > 1 else "")
     return table

@@ -39,7 +39,7 @@ def jobs(config: Config, stages: Sequence[str] | None = None) -> list[Job]:
             named = tuple(_named(config, number, groups, stages))
             if named:
                 name = "-".join(part.replace("/", "-") for part in named[:1])
-                found.append(Job(name, named, *_size(config, groups[0]), groups[0] == "train"))
+                found.append(Job(name, named, *_size(config, named[0].rpartition("/")[2]), groups[0] == "train"))
     if not found:
         raise UserError(f"{', '.join(stages or ())}: this run has no such stage")
     return found

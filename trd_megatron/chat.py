@@ -1,6 +1,6 @@
 """Text to token ids: chat template, budgets, response mask. The only module that calls a tokenizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class Sequence:
         return sum(self.mask)
 
 
-def sequence(prompt_ids: list[int], response_ids: list[int]) -> Sequence:
+def sequence(prompt_ids: Collection[int], response_ids: Collection[int]) -> Sequence:
     """Joins the ids that the engine saw and sampled. The hidden state at position t - 1 predicts the id at t."""
     if not prompt_ids:
         raise ValueError("a sequence needs at least one prompt id: nothing predicts its first response id")

@@ -1,7 +1,9 @@
 """What a run would do and need (`trd plan`), and where a run stands (`trd status`). Reads only."""
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -158,8 +160,10 @@ def sample(config: Config) -> Text:
         return coloured(chat, sequence(row["student_prompt_ids"], row["response_ids"]))
     current = {work.stage.name for work in first if work.folder.state() == "done" and work.folder.folder.exists()}
     if {"prepare", "rollout", "refine" if config.method.trajectory == "refined" else "rollout"} <= current:
-        row = build_samples(config, run_dir)[0][0]
-        return coloured(chat, sequence(row["student_prompt_ids"], row["response_ids"]))
+        rows = list(islice(build_samples(config, run_dir, Counter()), 1))
+        if not rows:
+            raise UserError(f"--show-sample: no trajectory to train on is left (data.filter={config.data.filter})")
+        return coloured(chat, sequence(rows[0]["student_prompt_ids"], rows[0]["response_ids"]))
     if not sources.is_cached(config.data) or not all(map(benchmarks.is_cached, config.data.exclude_benchmarks)):
         raise UserError("--show-sample needs problems, and the benchmarks they are checked against: `trd prepare ...` downloads them")
     problem = prepare.load(config)[0]

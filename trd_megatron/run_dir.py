@@ -14,9 +14,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +31,7 @@ from trd_megatron.errors import UserError
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+ROW_GROUP = 256  # rows of a parquet file that are read or written at once
 SERVERS = "servers"  # logs of SGLang servers; `trd serve` makes it before there is a run
 LAUNCH = "launch"  # scripts and logs of a launched run's jobs; `trd launch` makes it before there is a run
 IN_ROUND = ("rollouts", "refined", "train", "adapter", "hf", "eval")  # folders that every round has
@@ -302,30 +305,66 @@ def shard_path(folder: Path, index: int) -> Path:
     return folder / f"part-{index:05d}.parquet"
 
 
-def write_parquet(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
-    """Writes rows atomically. A missing key or a wrong type raises before anything is replaced."""
-    table = pa.Table.from_pylist(rows, schema=schema)
-    for name in schema.names:
-        if not schema.field(name).nullable and table.column(name).null_count:
-            raise ValueError(f"column {name} must not be null")
-    with atomic_write(path, "wb") as file:
-        pq.write_table(table, file, compression="zstd")
+def write_parquet(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> int:
+    """Writes rows atomically, ROW_GROUP of them in memory at a time, and returns how many they were. A missing key or a wrong type
+    raises before anything is replaced."""
+    count = 0
+    with atomic_write(path, "wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        for group in batched(rows, ROW_GROUP):
+            table = pa.Table.from_pylist(group, schema=schema)
+            for name in schema.names:
+                if not schema.field(name).nullable and table.column(name).null_count:
+                    raise ValueError(f"column {name} must not be null")
+            writer.write_table(table)
+            count += len(group)
+    return count
 
 
-def read_columns(path: Path, schema: pa.Schema, columns: Sequence[str]) -> pa.Table:
-    """Some columns of a shard. Raises UserError if it is damaged or has other columns than `schema`."""
+def batched(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    """Lists of `size` rows, the last with what is left."""
+    remaining = iter(rows)
+    while group := list(islice(remaining, size)):
+        yield group
+
+
+@contextlib.contextmanager
+def _parquet_file(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetFile]:
     try:
         with pq.ParquetFile(path) as file:
             if file.schema_arrow.names != schema.names:
                 raise UserError(f"{path} has columns {file.schema_arrow.names}, expected {schema.names}")
-            return file.read(columns=list(columns)).select(list(columns))
+            yield file
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]})") from None
+
+
+def read_columns(path: Path, schema: pa.Schema, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a shard. Raises UserError if it is damaged or has other columns than `schema`."""
+    with _parquet_file(path, schema) as file:
+        return file.read(columns=list(columns)).select(list(columns))
+
+
+def read_groups(path: Path, schema: pa.Schema) -> Iterator[pa.Table]:
+    """A large file, ROW_GROUP rows in memory at a time. Raises UserError as `read_columns` does."""
+    with _parquet_file(path, schema) as file:
+        for index in range(file.num_row_groups):
+            yield file.read_row_group(index)
 
 
 def read_parquet(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
     """Reads a shard. Raises UserError if it is damaged or has other columns than `schema`."""
     return read_columns(path, schema, schema.names).to_pylist()
+
+
+def packed_ids(column: pa.ChunkedArray) -> "list[array[int]]":
+    """The lists of a column of list<int32>, in 4 bytes an element (a list of Python integers takes 36). No list may be null."""
+    found = []
+    for chunk in column.chunks:
+        values = memoryview(chunk.values.to_numpy()).cast("B")
+        for start, end in pairwise(chunk.offsets.to_pylist()):
+            found.append(array("i"))
+            found[-1].frombytes(values[4 * start : 4 * end])
+    return found
 
 
 def merge_shards(folder: Path, target: Path, schema: pa.Schema) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ def method_cases(tmp_path_factory: pytest.TempPathFactory) -> list[cases.Case]:
             # Two random models are so far apart that the recipe's cap of 0.1 would hold for every token, and no gradient be left.
             cap = ["method.divergence.clip=0.5"] if method == "forward_kl_clip" and mode == "opd" else []
             config = load([*base, f"method={method}", *cap])
-            rows, _ = build_samples(config, RunDir(folder, "smoke"))
+            rows = build_samples(config, RunDir(folder, "smoke"), Counter())
             models = [resolve_model(path) if path else None for path in (config.model.path, config.teacher.path)]
             assert models[0] is not None
             built.append((f"{method} {mode}", config, [Sample(**row) for row in rows], models[0], models[1]))

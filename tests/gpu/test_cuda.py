@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def test_the_pipeline_trains_as_a_rank_on_the_cpu_does(device: str, tmp_path: Pa
     overrides = [f"engine.device={device}", f"learner.device={device}", "learner.dtype=float32"]
     config = load(["experiment=smoke", f"run_dir={tmp_path / 'run'}", *overrides])
     pipeline.run(config, run, until="train")
-    samples = [Sample(**row) for row in build_samples(config, run)[0]]
+    samples = [Sample(**row) for row in build_samples(config, run, Counter())]
     on_cpu = replace(config, learner=replace(config.learner, device="cpu"))
     alone.mkdir()
     run_ranks(1, cases.train_in, ("alone", on_cpu, samples, resolve_model(config.model.path), None), [(alone, (1, False, 1))])

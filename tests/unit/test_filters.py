@@ -1,5 +1,6 @@
 """data.filter: which trajectories are trained on, by the verdicts of y_o and y_r."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
 )
 def test_filters_go_by_the_verdicts(run_dir: RunDir, method: str, kept: str, expected: list[int], filtered: int) -> None:
     config = load(["experiment=smoke", f"run_dir={run_dir.path}", f"method={method}", f"data.filter={kept}"])
-    rows, left_out = train.build_samples(config, run_dir)
+    left_out = Counter(aborted=0, filtered=0, over_budget=0)
+    rows = train.build_samples(config, run_dir, left_out)
     assert [one["sample_index"] for one in rows] == expected
     assert left_out == {"aborted": method == "trd", "filtered": filtered, "over_budget": 0}
 
@@ -59,7 +61,7 @@ def test_a_filter_that_leaves_nothing_says_so(run_dir: RunDir) -> None:
     write_parquet(shard_path(run_dir.rollouts, 0), [row(index, None) for index in range(len(PAIRS))], TRAJECTORY)
     config = load(["experiment=smoke", f"run_dir={run_dir.path}", "data.filter=succ"])
     with pytest.raises(UserError, match=r"^data\.filter=succ leaves no trajectory to train on: it drops 6; set data\.filter=all$"):
-        train.build_samples(config, run_dir)
+        train.write(config, run_dir, run_dir.train)
 
 
 def test_too_few_are_left_to_hold_some_out(run_dir: RunDir) -> None:

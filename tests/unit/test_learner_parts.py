@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from enum import Enum
 from itertools import chain, pairwise
 from pathlib import Path
@@ -24,7 +25,10 @@ from trd_megatron.convert.peft import read_factors
 from trd_megatron.convert.safe_metadata import check_checkpoint
 from trd_megatron.errors import UserError
 from trd_megatron.learner.checkpoint_files import best_step, prune, saved_steps, step_folder
+from trd_megatron.learner.job import SAMPLES, TOKEN_COLUMNS, Job
 from trd_megatron.learner.packing import Cut, Sample, deal, micro_batches, pack
+from trd_megatron.records import SAMPLE
+from trd_megatron.run_dir import write_parquet
 from trd_megatron.stages.export import choose_step
 
 CPU = torch.device("cpu")
@@ -100,6 +104,16 @@ def test_rows_predict_their_targets() -> None:
     padded = pack([[1, 2, 3]], [[5, 6]], Cut(4), CPU, [11])
     assert padded.cu_seqlens.tolist() == [0, 5, 8]  # padding is a segment of its own
     assert padded.rows.tolist() == [2, 3]
+
+
+def test_samples_come_out_of_their_file_as_they_went_in(tmp_path: Path) -> None:
+    rows = [asdict(sample(3, 5, 2, f"p{number}")) for number in range(300)]
+    rows[1] |= {"teacher_prompt_ids": [], "rollout_passed": False, "source": "sums"}
+    write_parquet(tmp_path / SAMPLES, rows, SAMPLE)
+    read = Job({}, "student", None, []).samples(tmp_path)
+    assert [one | {name: list(one[name]) for name in TOKEN_COLUMNS} for one in map(vars, read)] == rows
+    packing, again = (micro_batches(some[2:6], 64, Cut(), CPU)[0].student for some in ([Sample(**row) for row in rows], read))
+    assert torch.equal(packing.ids, again.ids) and torch.equal(packing.targets, again.targets)
 
 
 def test_micro_batches_keep_the_order_and_the_limit() -> None:

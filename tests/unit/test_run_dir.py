@@ -1,13 +1,26 @@
 """Manifests, stage folders, atomic writes, shards."""
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
+from trd_megatron import run_dir
 from trd_megatron.errors import UserError
-from trd_megatron.run_dir import Manifest, RunDir, StageFolder, atomic_write, read_parquet, read_shards, shard_path, write_parquet
+from trd_megatron.run_dir import (
+    Manifest,
+    RunDir,
+    StageFolder,
+    atomic_write,
+    packed_ids,
+    read_groups,
+    read_parquet,
+    read_shards,
+    shard_path,
+    write_parquet,
+)
 
 SCHEMA = pa.schema([pa.field("id", pa.string(), nullable=False), pa.field("n", pa.int32())])
 
@@ -153,6 +166,33 @@ def test_shards_round_trip_in_order(tmp_path: Path) -> None:
     for index in (1, 0):
         write_parquet(shard_path(tmp_path, index), [{"id": f"{index}", "n": None}], SCHEMA)
     assert [row["id"] for row in read_shards(tmp_path, SCHEMA)] == ["0", "1"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 6, 7])
+def test_rows_are_written_and_read_a_group_at_a_time(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_dir, "ROW_GROUP", 3)
+    rows = [{"id": str(number), "n": number or None} for number in range(count)]
+    assert write_parquet(tmp_path / "a.parquet", iter(rows), SCHEMA) == count
+    assert read_parquet(tmp_path / "a.parquet", SCHEMA) == rows
+    groups = [table.to_pylist() for table in read_groups(tmp_path / "a.parquet", SCHEMA)]
+    assert [len(group) for group in groups] == [3] * (count // 3) + [count % 3] * (count % 3 > 0)
+    assert list(chain.from_iterable(groups)) == rows
+
+
+def test_what_goes_wrong_while_rows_are_made_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_dir, "ROW_GROUP", 1)
+    rows = ({"id": name, "n": None} for name in ("a", "b", None))
+    with pytest.raises(ValueError, match="column id must not be null"):
+        write_parquet(tmp_path / "a.parquet", rows, SCHEMA)
+    assert not list(tmp_path.iterdir())
+
+
+def test_packed_ids_are_those_of_their_rows() -> None:
+    lists = [[1, 2, 3], [], [151_935], [4] * 5]
+    column = pa.chunked_array([pa.array(lists, pa.list_(pa.int32()))[1:], pa.array(lists[:1], pa.list_(pa.int32()))])
+    packed = packed_ids(column)
+    assert [list(ids) for ids in packed] == [*lists[1:], lists[0]]
+    assert {ids.itemsize for ids in packed} == {4}
 
 
 def test_rows_that_break_the_schema_are_not_written(tmp_path: Path) -> None:

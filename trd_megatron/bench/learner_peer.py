@@ -3,6 +3,7 @@
 Padded batches, gradient checkpointing, whole logits, the loss with autograd. Nothing is computed by this package's learner.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from trd_megatron.config import LearnerConfig
 from trd_megatron.learner.packing import Sample
+
+Ids = Sequence[int]
 
 
 def load(folder: Path, config: LearnerConfig) -> Any:
@@ -39,9 +42,9 @@ def batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
     return groups
 
 
-def pad(prompts: list[list[int]], responses: list[list[int]], device: str) -> tuple[Tensor, Tensor, Tensor]:
+def pad(prompts: Sequence[Ids], responses: Sequence[Ids], device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, attention mask and response mask, each [B, longest], padded on the right."""
-    rows = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+    rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
     ids = torch.zeros(len(rows), max(len(row) for row in rows), dtype=torch.long)
     attention, response_mask = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
     for i, row in enumerate(rows):
@@ -51,7 +54,7 @@ def pad(prompts: list[list[int]], responses: list[list[int]], device: str) -> tu
     return ids.to(device), attention.to(device), response_mask.to(device)
 
 
-def response_logits(model: Any, prompts: list[list[int]], responses: list[list[int]], device: str) -> Tensor:
+def response_logits(model: Any, prompts: Sequence[Ids], responses: Sequence[Ids], device: str) -> Tensor:
     """[response tokens of the batch, V]: the logits that predict them."""
     ids, attention, response = pad(prompts, responses, device)
     logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits

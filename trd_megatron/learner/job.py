@@ -15,9 +15,10 @@ from trd_megatron.errors import UserError
 from trd_megatron.learner.packing import Sample
 from trd_megatron.nodes import Place
 from trd_megatron.records import SAMPLE
-from trd_megatron.run_dir import read_parquet, write_json
+from trd_megatron.run_dir import packed_ids, read_groups, write_json
 
 JOB, SAMPLES, ERROR, LOG = "job.json", "samples.parquet", "error.json", "learner.log"
+TOKEN_COLUMNS = ["student_prompt_ids", "teacher_prompt_ids", "response_ids"]
 NODE_RANK = "TRD_LEARNER_NODE"  # environment variable of the ranks
 
 
@@ -49,8 +50,13 @@ class Job:
         write_json(folder / JOB, asdict(self))
 
     def samples(self, folder: Path) -> list[Sample]:
-        """The trajectories in the order of the parquet file."""
-        return [Sample(**row) for row in read_parquet(folder / SAMPLES, SAMPLE)]
+        """The trajectories in the order of the parquet file. Every rank holds all of them: 4 bytes for each token."""
+        samples = []
+        for table in read_groups(folder / SAMPLES, SAMPLE):
+            ids = [packed_ids(table[name]) for name in TOKEN_COLUMNS]
+            rows = table.drop_columns(TOKEN_COLUMNS).to_pylist()
+            samples += [Sample(**row, **dict(zip(TOKEN_COLUMNS, of_row, strict=True))) for row, *of_row in zip(rows, *ids, strict=True)]
+        return samples
 
 
 class LearnerFailedError(RuntimeError):

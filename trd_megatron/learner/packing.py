@@ -9,6 +9,7 @@ attention that is the same work for all (Megatron's and Transformer Engine's ord
 
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +20,13 @@ from trd_megatron.chat import sequence
 
 @dataclass(frozen=True)
 class Sample:
-    """One trajectory to train on."""
+    """One trajectory to train on. Ids that were read from a file are array("i"): a list of Python integers takes nine times as much."""
 
     problem_id: str
     sample_index: int
-    student_prompt_ids: list[int]
-    teacher_prompt_ids: list[int]  # empty: supervised training, which has no teacher
-    response_ids: list[int]
+    student_prompt_ids: Sequence[int]
+    teacher_prompt_ids: Sequence[int]  # empty: supervised training, which has no teacher
+    response_ids: Sequence[int]
     rollout_passed: bool | None = None
     source: str | None = None  # supervised training: what kind of example it is
 
@@ -87,7 +88,7 @@ class Packing:
     response_tokens: int  # of the micro-batch, on all ranks
 
 
-def pack(prompts: list[list[int]], responses: list[list[int]], cut: Cut, device: torch.device, keys: list[int]) -> Packing:
+def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], cut: Cut, device: torch.device, keys: list[int]) -> Packing:
     """Packs prompt + response pairs; `keys` are the samples' numbers."""
     ids: list[int] = []
     predicts: list[int] = []  # for every position, the response token that its hidden state predicts, or -1

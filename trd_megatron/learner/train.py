@@ -5,8 +5,8 @@ import random
 import signal
 import sys
 import time
+from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,11 @@ def _save_for_replay(
     failed = folder / "failed"
     checkpoint.Saver(failed, trainer.optimizer, parallel).save(state)
     if parallel.is_main:
-        write_json(failed / "step.json", {"error": str(error), "lr": rate, "samples": [asdict(sample) for sample in batch]})
+        write_json(failed / "step.json", {"error": str(error), "lr": rate, "samples": [_row(sample) for sample in batch]})
+
+
+def _row(sample: Sample) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, array) else value for name, value in vars(sample).items()}
 
 
 class Trainer:

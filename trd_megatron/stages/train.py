@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,55 +19,52 @@ from trd_megatron.progress import bar, console
 from trd_megatron.records import REFINED, SAMPLE, TRAJECTORY
 from trd_megatron.run_dir import RunDir, write_parquet
 from trd_megatron.stages import prepare
-from trd_megatron.stages.generate import drawn
+from trd_megatron.stages.generate import drawn, packed
 
 
-def build_samples(config: Config, run_dir: RunDir) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Rows of records.SAMPLE and what was left out: (rows, {"aborted": n, "filtered": n, "over_budget": n}).
+def build_samples(config: Config, run_dir: RunDir, left_out: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Rows of records.SAMPLE, a shard of them in memory at a time. left_out: counts the "aborted", "filtered" and "over_budget"
+    trajectories that are not among them.
 
     The student's prompt is the one its rollout was drawn under, the response ids are the engine's own. The teacher's
     prompt follows method.teacher_prompt: vanilla, or refine with y_o in it. Raises UserError if a trajectory was drawn from other
-    weights than its round's, or if data.filter leaves none.
+    weights than its round's.
     """
     chat = Chat(resolve_model(config.teacher.path or config.model.path), config.data.prompt_format, config.teacher.chat_template_kwargs)
     problems = prepare.read(run_dir)
-    refined = config.method.trajectory == "refined"
+    refined, shows_rollout = config.method.trajectory == "refined", config.method.teacher_prompt == "refine"
     columns = ["problem_id", "sample_index", "finish_reason", "passed", "prompt_ids", "response_ids"]
-    of_rollouts = ["response", *(columns[:-1] if refined else columns)]
-    rollouts = {(row["problem_id"], row["sample_index"]): row for row in drawn(run_dir.rollouts, TRAJECTORY, run_dir.round, of_rollouts)}
-    trajectories = drawn(run_dir.refined, REFINED, teacher_version(config, run_dir), columns) if refined else rollouts.values()
-    rows, left_out = [], {"aborted": 0, "filtered": 0, "over_budget": 0}
+    if refined:
+        of_rollouts = drawn(run_dir.rollouts, TRAJECTORY, run_dir.round, ["problem_id", "sample_index", "passed", "prompt_ids"])
+        rollouts = {(row["problem_id"], row["sample_index"]): (packed(row["prompt_ids"]), row["passed"]) for row in of_rollouts}
+        trajectories = drawn(run_dir.refined, REFINED, teacher_version(config, run_dir), columns)
+    else:
+        trajectories = drawn(run_dir.rollouts, TRAJECTORY, run_dir.round, [*columns, "response"])
     for row in trajectories:
-        rollout = rollouts[row["problem_id"], row["sample_index"]]
+        key = row["problem_id"], row["sample_index"]
+        prompt_ids, rollout_passed = rollouts[key] if refined else (row["prompt_ids"], row["passed"])
         if row["finish_reason"] == "abort":
             left_out["aborted"] += 1
             continue
-        if not _kept(config.data.filter, rollout["passed"], row["passed"]):
+        if not _kept(config.data.filter, rollout_passed, row["passed"]):
             left_out["filtered"] += 1
             continue
-        if refined and config.method.teacher_prompt == "refine":
+        if refined and shows_rollout:
             teacher_ids = row["prompt_ids"]
         else:
-            shown = rollout["response"] if config.method.teacher_prompt == "refine" else None
+            shown = row["response"] if shows_rollout else None  # a rewrite is scored under its own prompt, above
             teacher_ids = teacher_prompt_ids(config, chat, problems[row["problem_id"]], shown)
         if teacher_ids is None:
             left_out["over_budget"] += 1
             continue
-        rows.append(
-            {
-                "problem_id": row["problem_id"],
-                "sample_index": row["sample_index"],
-                "student_prompt_ids": rollout["prompt_ids"],
-                "teacher_prompt_ids": teacher_ids,
-                "response_ids": row["response_ids"],
-                "rollout_passed": rollout["passed"],
-            }
-        )
-    if left_out["filtered"] and not rows:
-        raise UserError(
-            f"data.filter={config.data.filter} leaves no trajectory to train on: it drops {left_out['filtered']}; set data.filter=all"
-        )
-    return rows, left_out
+        yield {
+            "problem_id": row["problem_id"],
+            "sample_index": row["sample_index"],
+            "student_prompt_ids": prompt_ids,
+            "teacher_prompt_ids": teacher_ids,
+            "response_ids": row["response_ids"],
+            "rollout_passed": rollout_passed,
+        }
 
 
 def _kept(filter: str, rollout_passed: bool | None, passed: bool | None) -> bool:
@@ -96,21 +94,23 @@ def run(config: Config, run_dir: RunDir, folder: Path) -> dict[str, Any]:
 
 def write(config: Config, run_dir: RunDir, folder: Path) -> Prepared:
     """Writes the job. Raises UserError if there are fewer samples than held out."""
-    rows, left_out = build_samples(config, run_dir)
+    left_out = Counter(aborted=0, filtered=0, over_budget=0)
+    count = write_parquet(folder / SAMPLES, build_samples(config, run_dir, left_out), SAMPLE)
     held_out = config.learner.held_out_samples
-    if len(rows) <= held_out:
-        dropped = f" (data.filter={config.data.filter} drops {left_out['filtered']})" if left_out["filtered"] else ""
+    if left_out["filtered"] and not count:
         raise UserError(
-            f"{len(rows)} trajectories to train on{dropped}, of which learner.held_out_samples={held_out} are held out: lower it"
+            f"data.filter={config.data.filter} leaves no trajectory to train on: it drops {left_out['filtered']}; set data.filter=all"
         )
-    write_parquet(folder / SAMPLES, rows, SAMPLE)
+    if count <= held_out:
+        dropped = f" (data.filter={config.data.filter} drops {left_out['filtered']})" if left_out["filtered"] else ""
+        raise UserError(f"{count} trajectories to train on{dropped}, of which learner.held_out_samples={held_out} are held out: lower it")
     teacher = str(resolve_model(config.teacher.path)) if config.teacher.path else None
     student = resolve_model(config.model.path)
     chat = Chat(student, config.data.prompt_format, config.student.chat_template_kwargs)
     Job(to_dict(config), str(student), teacher, chat.epistemic_ids(config.task)).write(folder)
     counts: dict[str, Any] = {f"left_out_{name}": count for name, count in left_out.items()}
     counts["layers"] = announce(config.learner)
-    return Prepared(folder, config.learner, step_count(len(rows) - held_out, config.learner), counts)
+    return Prepared(folder, config.learner, step_count(count - held_out, config.learner), counts)
 
 
 def announce(learner: LearnerConfig) -> str:

@@ -14,14 +14,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+PRELOADED = ["tests.dist.ranks", "transformers", "trd_megatron.learner.train"]
+
 
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 120, device: str = "cpu") -> list[Any]:
-    """Calls fn(rank, *args) in world_size fresh processes with the default group set up; returns the results by rank.
+    """Calls fn(rank, *args) in world_size new processes with the default group set up; returns the results by rank.
 
     device: cpu (gloo) or cuda (nccl; rank r on GPU r). Results must lie in host memory. fn must be a function of a module (it is found again by name), arguments and results must pickle. The first rank that
     raises or dies ends the others; the RuntimeError holds its traceback. TimeoutError when they take longer than timeout_s.
     """
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
+    if device == "cpu":  # ranks are forked from a process that has imported Megatron already, and run nothing before
+        context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         ranks: dict[Connection, tuple[int, Any]] = {}
         results: dict[int, Any] = {}

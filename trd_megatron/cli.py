@@ -283,7 +283,7 @@ def launch(
     config = load(given)
     if config.cluster.kind == "none":
         raise UserError("say where: cluster=slurm, kubernetes, docker or local")
-    from trd_megatron.launch.jobs import jobs
+    from trd_megatron.launch.jobs import check_trd, jobs
 
     todo = jobs(config, None if stages is None else stages.split(","))
     try:
@@ -296,6 +296,7 @@ def launch(
         for title, text in launcher.dry_run(config, given, todo):
             output.print(f"# === {title}\n{text}", highlight=False, markup=False, soft_wrap=True)
         return
+    check_trd(config, todo)
     launched = launcher.launch(config, given, todo)
     table = Table("job", "id", "stages", "nodes", "GPUs a node", title=f"{config.name} on {config.cluster.kind}, in {config.run_dir}")
     for job in launched.jobs:

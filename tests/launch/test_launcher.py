@@ -171,7 +171,14 @@ def test_what_was_submitted_before_a_refusal_is_taken_back(trd: Trd, tmp_path: P
     (commands / "scancel").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/cancelled\n')
     for file in commands.iterdir():
         file.chmod(0o755)
-    done = trd("launch", "experiment=smoke", "cluster=slurm", f"run_dir={tmp_path / 'run'}", PATH=f"{commands}:{os.environ['PATH']}")
+    done = trd(
+        "launch",
+        "experiment=smoke",
+        "cluster=slurm",
+        "cluster.trd=bash",
+        f"run_dir={tmp_path / 'run'}",
+        PATH=f"{commands}:{os.environ['PATH']}",
+    )
     assert done.returncode == 2 and "QOSMaxSubmitJobPerUserLimit" in done.stderr, done.stderr
     assert (tmp_path / "cancelled").read_text().split() == ["701", "702"]
     assert not (tmp_path / "run" / "launch" / "jobs.json").exists()

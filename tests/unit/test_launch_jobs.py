@@ -13,7 +13,7 @@ from trd_megatron import nodes
 from trd_megatron.config import load, quoted
 from trd_megatron.errors import UserError
 from trd_megatron.launch import nemo_style
-from trd_megatron.launch.jobs import Job, jobs, script
+from trd_megatron.launch.jobs import Job, check_trd, jobs, script
 from trd_megatron.launch.records import Launched, LaunchedJob
 from trd_megatron.pipeline import check_devices
 
@@ -176,9 +176,32 @@ def test_what_was_launched_is_written_and_read(tmp_path: Path) -> None:
         Launched.read(tmp_path)
 
 
+@pytest.mark.parametrize("settings", [["cluster=slurm"], ["cluster=local"], ["cluster=slurm", "cluster.learner_image=l:1"]])
+def test_a_trd_that_no_job_would_find_is_refused(settings: list[str]) -> None:
+    config = load(["experiment=smoke", *settings, "cluster.trd=/nowhere/trd --verbose"])
+    with pytest.raises(UserError, match=r"cluster\.trd=/nowhere/trd --verbose: there is no such command here; give the path"):
+        check_trd(config, jobs(config))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["cluster=slurm", "cluster.trd=/nowhere/trd", "cluster.setup=[module load trd]"],
+        ["cluster=slurm", "cluster.trd=/nowhere/trd", "cluster.learner_image=l:1", "cluster.rollout_image=r:1"],
+        ["cluster=docker", "cluster.trd=/nowhere/trd", "cluster.learner_image=l:1", "cluster.rollout_image=r:1"],
+        ["cluster=local", f"cluster.trd={quoted(f'{sys.executable} -m trd_megatron.cli')}"],
+    ],
+)
+def test_a_trd_that_is_there_or_may_be_is_not(settings: list[str]) -> None:
+    config = load(["experiment=smoke", *settings])
+    check_trd(config, jobs(config))
+
+
 def test_a_nemo_launchers_configuration_becomes_ours() -> None:
     values = {
-        "experiment": "smoke", "overrides": {"method": "forward_kl", "run_dir": "x y"}, "stages": ["rollout", "train"],
+        "experiment": "smoke",
+        "overrides": {"method": "forward_kl", "run_dir": "x y", "learner": {"lora": {"rank": 8}}, "learner.epochs": 2},
+        "stages": ["rollout", "train"],
         "base_results_dir": "/r",
         "container": "a:1", "rollout_container": None, "container_mounts": ["/d:/d"],
         "env_vars": {"A": "b c", "B": "true", "C": "x\\y"}, "dry_run": True,
@@ -190,6 +213,7 @@ def test_a_nemo_launchers_configuration_becomes_ours() -> None:
     assert (config.cluster.kind, config.cluster.partition, config.cluster.account) == ("slurm", "p", None)
     assert (config.cluster.learner_image, config.cluster.rollout_image) == ("a:1", "a:1")
     assert config.cluster.env == {"A": "b c", "B": "true", "C": "x\\y"}
+    assert (config.learner.lora.rank, config.learner.epochs) == (8, 2)
     assert config.cluster.sbatch == {"qos": "high"} and config.cluster.mounts == ["/d:/d"]
     assert (config.method.name, config.run_dir, config.cluster.time_limit) == ("forward_kl", "x y", "04:00:00")
     with pytest.raises(ValueError, match=r"cluster\.type=pbs"):

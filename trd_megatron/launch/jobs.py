@@ -1,6 +1,7 @@
 """The jobs of a launched run: which stages belong together, on how many nodes and GPUs, and what each job runs. Knows no scheduler."""
 
 import shlex
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,15 @@ def _deal(config: Config, what: str, total: int) -> tuple[int, int]:
     if total % nodes:
         raise UserError(f"{total} {what} cannot be dealt evenly to {nodes} nodes of cluster.gpus_per_node={config.cluster.gpus_per_node}")
     return nodes, total // nodes
+
+
+def check_trd(config: Config, jobs: Sequence[Job]) -> None:
+    """Raises UserError if a job that runs in no container would not find cluster.trd; cluster.setup may bring it along."""
+    cluster = config.cluster
+    bare = cluster.kind == "local" or any((cluster.learner_image if job.trains else cluster.rollout_image) is None for job in jobs)
+    if bare and cluster.kind in ("local", "slurm") and not cluster.setup and shutil.which(shlex.split(cluster.trd)[0]) is None:
+        where = "this machine" if cluster.kind == "local" else "the file system that the nodes share"
+        raise UserError(f"cluster.trd={cluster.trd}: there is no such command here; give the path of an environment's trd on {where}")
 
 
 def script(config: Config, overrides: Sequence[str], job: Job, workdir: Path) -> str:

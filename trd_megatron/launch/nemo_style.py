@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trd_megatron.config import quoted
@@ -17,7 +17,7 @@ def arguments(values: Mapping[str, Any]) -> list[str]:
     if kind not in KINDS:
         raise ValueError(f"cluster.type={kind}: must be one of {', '.join(KINDS)}")
     settings = {"experiment": values["experiment"], "cluster": KINDS[kind]}
-    settings |= {"run_dir": f"{values['base_results_dir']}/{values['experiment']}"} | values["overrides"]
+    settings |= {"run_dir": f"{values['base_results_dir']}/{values['experiment']}"} | dict(_flat(values["overrides"]))
     settings |= {f"cluster.{key}": value for key, value in cluster.items() if value not in (None, {}, [])}
     images = {"learner_image": values["container"], "rollout_image": values["rollout_container"] or values["container"]}
     settings |= {f"cluster.{key}": image for key, image in images.items() if image is not None}
@@ -27,6 +27,15 @@ def arguments(values: Mapping[str, Any]) -> list[str]:
         settings["cluster.env"] = values["env_vars"]
     words = [f"{key}={_hydra(value)}" for key, value in settings.items()]
     return [*words, "--stages", ",".join(values["stages"]), *(["--dry-run"] if values["dry_run"] else [])]
+
+
+def _flat(overrides: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value): what Hydra nests in a command line's +overrides.learner.learning_rate=1e-5."""
+    for key, value in overrides.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
 
 
 def launch(values: Mapping[str, Any]) -> int:

@@ -302,7 +302,9 @@ class ClusterConfig:
     kind: str = opt(
         "none", "Which scheduler (cluster=NAME sets it).", choices=("none", "local", "docker", "slurm", "kubernetes"), layout=True
     )
-    gpu: str = opt("H100", "Which GPUs a node has, for `trd plan`.", choices=("A100-40GB", "A100", "H100", "H200", "B200"), layout=True)
+    gpu: str = opt(
+        "H100", "Which GPUs a node has, for `trd plan`.", choices=("A100-40GB", "A100-80GB", "H100", "H200", "B200"), layout=True
+    )
     gpus_per_node: int = opt(8, "GPUs of a node.", layout=True)
     trd: str = opt("trd", "How a job calls us, e.g. /shared/trd_megatron/.venv/bin/trd.", layout=True)
     package: str = opt(

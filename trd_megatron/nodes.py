@@ -5,12 +5,14 @@ TRD_HEAD). The leader runs the pipeline; it asks the others, through a TCPStore 
 travels there are paths and numbers, never code; like every store of PyTorch's it is open to the cluster's network.
 """
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -24,6 +26,8 @@ PORT = 29400
 MEET_S = 600.0  # for all nodes to be there: containers are pulled meanwhile
 LEAVE_S = 60.0
 LOOK_EVERY_S = 0.2
+BEAT_EVERY_S = 1.0
+SILENT_S = 30.0  # a node that has not been heard of for so long is lost
 
 
 class NodeFailedError(RuntimeError):
@@ -153,6 +157,7 @@ class Leader:
         self.place = place
         self._link = Link(place)
         self._asked = 0
+        self._heard: dict[int, tuple[int | None, float]] = {}  # of each other node: its newest beat, and when that was first seen
         for rank in range(1, place.count):
             self._value(rank, self._link.wait(f"here/{rank}", MEET_S))
 
@@ -163,11 +168,31 @@ class Leader:
         return self._asked - 1
 
     def answers(self, number: int, seconds: float, meanwhile: Callable[[], None] = lambda: None) -> list[Any]:
-        """Of every other node, in order. Raises NodeFailedError with what one of them met, or if one does not answer in time."""
+        """Of every other node, in order. Raises NodeFailedError with what one of them met, or if one is lost or does not answer in time."""
+
+        def while_waiting() -> None:
+            meanwhile()
+            self.check()
+
         found = []
         for rank in range(1, self.place.count):
-            found.append(self._value(rank, self._link.wait(f"answer/{number}/{rank}", seconds, meanwhile)))
+            found.append(self._value(rank, self._link.wait(f"answer/{number}/{rank}", seconds, while_waiting)))
         return found
+
+    def early_answers(self, number: int) -> dict[int, Any]:
+        """Those that are there by now, by rank. Raises NodeFailedError with what a node met."""
+        found = {rank: self._link.get(f"answer/{number}/{rank}") for rank in range(1, self.place.count)}
+        return {rank: self._value(rank, answer) for rank, answer in found.items() if answer is not None}
+
+    def check(self) -> None:
+        """Raises NodeFailedError if a node is lost: killed, or out of reach. To be called again and again."""
+        for rank in range(1, self.place.count):
+            beat, now = self._link.get(f"alive/{rank}"), time.monotonic()
+            last, since = self._heard.get(rank, (None, now))
+            if beat != last or rank not in self._heard:
+                self._heard[rank] = beat, now
+            elif now - since > SILENT_S:
+                raise NodeFailedError(f"node {rank} has not been heard of for {SILENT_S:.0f} s: it was killed, or the network is gone")
 
     def _value(self, rank: int, answer: dict[str, Any]) -> Any:
         if "error" in answer:
@@ -196,6 +221,28 @@ def share(what: str, total: int) -> int:
     return total // count()
 
 
+@contextlib.contextmanager
+def _beating(place: Place) -> Iterator[None]:
+    """Tells node 0 that this one is there, from a thread: work may take hours."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        with contextlib.suppress(NodeFailedError):  # `follow` meets the same
+            link, number = Link(place), 0
+            while True:
+                link.put(f"alive/{place.rank}", number)
+                number += 1
+                if ended.wait(BEAT_EVERY_S):
+                    return
+
+    thread = threading.Thread(target=beat, daemon=True, name="beat")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
 Work = Callable[[dict[str, Any], Callable[[], None]], Any]  # (what is asked, raises when the leader is gone: to be called while it takes)
 
 
@@ -211,7 +258,12 @@ def follow(place: Place, work: Mapping[str, Work], idle: Callable[[], None], che
     except UserError as error:
         link.put(f"here/{place.rank}", {"error": str(error)})
         raise
-    link.put(f"here/{place.rank}", {})
+    with _beating(place):
+        link.put(f"here/{place.rank}", {})
+        _serve(place, link, work, idle)
+
+
+def _serve(place: Place, link: Link, work: Mapping[str, Work], idle: Callable[[], None]) -> None:
     number = 0
     while True:
         asked = link.wait(f"work/{number}", float("inf"), idle)

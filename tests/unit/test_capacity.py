@@ -48,7 +48,7 @@ def test_an_a100_has_no_fp8() -> None:
     config = load(["experiment=opsd_qwen3_8b", "learner.fp8=delayed"])
     assert len(plan.stages(config, MODEL_8B, None, GPUS["H100"])) == 4
     with pytest.raises(UserError, match=r"A100.* does not multiply in fp8: set learner\.fp8=none"):
-        plan.stages(config, MODEL_8B, None, GPUS["A100"])
+        plan.stages(config, MODEL_8B, None, GPUS["A100-80GB"])
 
 
 def _memory(**settings: object) -> Memory:

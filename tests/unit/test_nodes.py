@@ -1,8 +1,11 @@
 """Which node this is, and how the first asks the others."""
 
 import contextlib
+import signal
 import socket
+import subprocess
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 from trd_megatron import nodes
 from trd_megatron.config import LearnerConfig
 from trd_megatron.errors import UserError
+from trd_megatron.learner import job
 from trd_megatron.learner.job import run_ranks
 from trd_megatron.nodes import Leader, NodeFailedError, Place
 
@@ -126,6 +130,66 @@ def test_the_leader_hears_of_what_ends_another_node() -> None:
         leader.answers(leader.ask("divide"), 10)
     thread.join(20)
     assert not thread.is_alive()
+
+
+def test_a_node_that_falls_silent_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "SILENT_S", 1.0)
+    monkeypatch.setattr(nodes, "BEAT_EVERY_S", 0.1)
+    port, leave = free_port(), threading.Event()
+
+    def idle() -> None:
+        if leave.is_set():
+            raise ZeroDivisionError
+
+    def follower() -> None:
+        with contextlib.suppress(ZeroDivisionError):
+            nodes.follow(Place(1, 2, "127.0.0.1", port), {}, idle)
+
+    thread = threading.Thread(target=follower)
+    thread.start()
+    leader = Leader(Place(0, 2, "127.0.0.1", port))
+    until = time.monotonic() + 2.5  # longer than a node may be silent
+    while time.monotonic() < until:
+        leader.check()
+        time.sleep(0.05)
+    leave.set()
+    thread.join(20)
+    with pytest.raises(NodeFailedError, match="node 1 has not been heard of for 1 s"):
+        leader.answers(leader.ask("nothing"), 20)
+
+
+def test_answers_can_be_looked_at_before_all_are_there() -> None:
+    port, go_on = free_port(), threading.Event()
+
+    def work(asked: dict[str, Any], check: Any) -> int:
+        assert go_on.wait(20)
+        return 7
+
+    follower = threading.Thread(target=lambda: nodes.follow(Place(1, 2, "127.0.0.1", port), {"work": work}, lambda: None))
+    follower.start()
+    leader = Leader(Place(0, 2, "127.0.0.1", port))
+    number = leader.ask("work")
+    assert leader.early_answers(number) == {}
+    go_on.set()
+    assert leader.answers(number, 20) == [7] and leader.early_answers(number) == {1: 7}
+    leader.end()
+    follower.join(20)
+
+
+def test_ranks_that_wait_for_those_of_another_node_in_vain_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "ALONE_S", 0.3)
+    port = free_port()
+    follower = threading.Thread(
+        target=lambda: nodes.follow(Place(1, 2, "127.0.0.1", port), {"train": lambda asked, check: 3}, lambda: None)
+    )
+    follower.start()
+    leader = Leader(Place(0, 2, "127.0.0.1", port))
+    waiting, lost = subprocess.Popen(["sleep", "60"], text=True), list[NodeFailedError]()
+    job._watch(leader, leader.ask("train"), waiting, lost)
+    assert waiting.poll() == -signal.SIGTERM
+    assert [str(error) for error in lost] == ["the ranks of node 1 failed: its log is node-1-learner.log"]
+    leader.end()
+    follower.join(20)
 
 
 def test_only_what_can_be_dealt_evenly_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,12 @@ def launch(config: Config, overrides: Sequence[str], jobs: Sequence[Job]) -> Lau
             for job, of_nemo in zip(group, experiment.jobs, strict=True):
                 launched.jobs.append(LaunchedJob(job.name, _app_id(of_nemo), job.stages, job.nodes, job.gpus, of_nemo.executor.job_dir))
             launched.write()
-        if config.cluster.kind != "slurm" and experiment.jobs[0].state != AppState.SUCCEEDED:
-            state = experiment.jobs[0].state.name.lower()
-            raise JobFailedError(f"job {group[0].name} ended with {state}; its log lies in {launched.jobs[-1].folder}")
+        if config.cluster.kind != "slurm":  # it was waited for
+            state, last = experiment.jobs[0].state, launched.jobs.pop()
+            launched.jobs.append(replace(last, ended=state.name.lower()))
+            launched.write()
+            if state != AppState.SUCCEEDED:
+                raise JobFailedError(f"job {last.name} ended with {state.name.lower()}; its log lies in {last.folder}")
     return launched
 
 

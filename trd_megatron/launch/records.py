@@ -19,7 +19,7 @@ class JobFailedError(RuntimeError):
 
 @dataclass(frozen=True)
 class LaunchedJob:
-    """id: the scheduler's. folder: of its scripts and logs."""
+    """id: the scheduler's. folder: of its scripts and logs. ended: how, if `trd launch` waited for it."""
 
     name: str
     id: str
@@ -27,6 +27,7 @@ class LaunchedJob:
     nodes: int
     gpus: int
     folder: str
+    ended: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,14 @@ class Launched:
 
     def states(self) -> list[str]:
         """Of each job, in the scheduler's words."""
+        return [job.ended or self._state(job.id) for job in self.jobs]
+
+    def _state(self, job: str) -> str:
         if self.kind == "slurm":
-            return [slurm_state(job.id) for job in self.jobs]
+            return slurm_state(job)
         if self.kind == "kubernetes":
-            return [_kubernetes_state(job.id) for job in self.jobs]
-        return ["ended"] * len(self.jobs)  # they were waited for
+            return _kubernetes_state(job)
+        return "running, or cut off"
 
 
 def slurm_state(job: str) -> str:

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,12 +15,14 @@ from trd_megatron import nodes, processes
 from trd_megatron.config import LearnerConfig
 from trd_megatron.errors import UserError
 from trd_megatron.learner.packing import Sample
-from trd_megatron.nodes import Place
+from trd_megatron.nodes import Leader, NodeFailedError, Place
 from trd_megatron.records import SAMPLE
 from trd_megatron.run_dir import packed_ids, read_groups, write_json
 
 JOB, SAMPLES, ERROR, LOG = "job.json", "samples.parquet", "error.json", "learner.log"
 TOKEN_COLUMNS = ["student_prompt_ids", "teacher_prompt_ids", "response_ids"]
+LOOK_EVERY_S = 0.5
+ALONE_S = 20.0  # for our own ranks to end as well, when those of another node have failed
 NODE_RANK = "TRD_LEARNER_NODE"  # environment variable of the ranks
 
 
@@ -106,6 +110,23 @@ def end(process: "subprocess.Popen[Any]") -> None:
             process.wait()
 
 
+def _watch(leader: Leader, number: int, process: "subprocess.Popen[str]", lost: list[NodeFailedError]) -> None:
+    """Ends node 0's ranks once another node cannot come back to them: torchrun would wait ten minutes for it."""
+    alone_since: float | None = None  # when the ranks of another node were first seen to have failed
+    try:
+        while process.poll() is None:
+            leader.check()
+            failed = [rank for rank, code in leader.early_answers(number).items() if code]
+            if failed and alone_since is None:
+                alone_since = time.monotonic()
+            if alone_since is not None and time.monotonic() - alone_since > ALONE_S:
+                raise NodeFailedError(f"the ranks of node {failed[0]} failed: its log is node-{failed[0]}-{LOG}")
+            time.sleep(LOOK_EVERY_S)
+    except NodeFailedError as error:
+        lost.append(error)
+        end(process)
+
+
 def run_all(folders: Sequence[Path], config: LearnerConfig) -> Iterator[tuple[int, dict[str, Any]]]:
     """Starts the ranks with torchrun, who do the jobs of these folders one after the other, and yields (index of the job, metrics) of each
     step as it ends (of work "score": nothing). `config`: of one of them; all need as many ranks, on the same device.
@@ -127,6 +148,9 @@ def run_all(folders: Sequence[Path], config: LearnerConfig) -> Iterator[tuple[in
     log_file = folders[0] / LOG
     with log_file.open("a", encoding="utf-8") as log:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+        lost: list[NodeFailedError] = []
+        if nodes.leader is not None:
+            threading.Thread(target=_watch, args=(nodes.leader, number, process, lost), daemon=True, name="watch").start()
         try:
             assert process.stdout is not None
             for line in process.stdout:
@@ -146,4 +170,6 @@ def run_all(folders: Sequence[Path], config: LearnerConfig) -> Iterator[tuple[in
         if error["kind"] == UserError.__name__:
             raise UserError(error["message"])
         raise LearnerFailedError(error["message"])
+    if lost:
+        raise lost[0]
     raise LearnerFailedError(f"the learner ended with exit code {code}: see {log_file}")

@@ -404,10 +404,10 @@ def report(
     if len(run_paths) > 1:
         raise UserError("trd report writes the report of one run; --compare puts several side by side")
     [run_path] = run_paths
-    from trd_megatron.config import from_dict
-    from trd_megatron.run_dir import RunDir, read_config
+    from trd_megatron.config import of_run
+    from trd_megatron.run_dir import RunDir
 
-    config = from_dict(read_config(run_path))
+    config = of_run(run_path)
     from trd_megatron import pipeline
 
     pipeline.run(config, RunDir(run_path, config.name), only="report", again=True)
@@ -430,10 +430,10 @@ def grade(
 
       trd grade runs/quickstart verify.timeout_s=30 verify.workers=8
     """
-    from trd_megatron.config import from_dict
-    from trd_megatron.run_dir import RunDir, read_config
+    from trd_megatron.config import of_run
+    from trd_megatron.run_dir import RunDir
 
-    config = from_dict(read_config(run_path), overrides or [], section="verify")
+    config = of_run(run_path, overrides or [], section="verify")
     from trd_megatron import regrade
 
     run_dir = RunDir(run_path, config.name)

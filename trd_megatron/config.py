@@ -495,6 +495,18 @@ def from_dict(values: dict[str, Any], overrides: Sequence[str] = (), section: st
     return _build(values, changes)
 
 
+def of_run(path: Path, overrides: Sequence[str] = (), section: str = "") -> Config:
+    """The configuration of an existing run, with changes to one section of it. Raises UserError if `path` is no run."""
+    from trd_megatron.run_dir import read_config
+
+    values = read_config(path)
+    try:
+        config = from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path / 'config.yaml'}: {error}") from None
+    return from_dict(values, overrides, section) if overrides else config
+
+
 def _build(container: Any, values: dict[str, Any]) -> Config:
     merged = OmegaConf.structured(Config)
     try:

@@ -18,7 +18,7 @@ from trd_megatron.capacity import plan
 from trd_megatron.capacity.memory import BYTES
 from trd_megatron.capacity.models import KNOWN, is_here, shape
 from trd_megatron.chat import Chat, coloured, sequence
-from trd_megatron.config import Config, from_dict
+from trd_megatron.config import Config, of_run
 from trd_megatron.data import sources
 from trd_megatron.errors import UserError
 from trd_megatron.evaluate import benchmarks
@@ -26,7 +26,7 @@ from trd_megatron.learner.checkpoint_files import saved_steps
 from trd_megatron.learner.stack import precision
 from trd_megatron.pipeline import wanted, works
 from trd_megatron.prompts import student_prompt
-from trd_megatron.run_dir import Manifest, RunDir, read_config
+from trd_megatron.run_dir import Manifest, RunDir
 from trd_megatron.stages import prepare, supervise
 from trd_megatron.stages.train import build_samples
 
@@ -178,7 +178,7 @@ def _does(config: Config) -> str:
 
 def status(run_path: Path) -> Table:
     """The stages of a run with counts and rates. Raises UserError if `run_path` is no run."""
-    config = from_dict(read_config(run_path))
+    config = of_run(run_path)
     table = Table("stage", "state", "done", "rate", "seconds", title=f"{config.name}, {_does(config)}, in {run_path}")
     for work in works(config, RunDir(run_path, config.name)):
         folder = work.folder

@@ -217,8 +217,6 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path / 'config.yaml'} is damaged: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path / 'config.yaml'} is damaged: it is not a mapping")
-    if "name" not in values:
-        raise UserError(f"{path} is not a run directory: its config.yaml is of something else")
     return values
 
 

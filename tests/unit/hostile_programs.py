@@ -279,7 +279,7 @@ time.sleep(1000)
     "backtracking": "import re; re.match('(a*)*b', 'a' * 60)",
     "thread that never ends": "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()",
     "exit that never ends": "import atexit, time\natexit.register(time.sleep, 1000)",
-    "slow compilation": "exec('x = ' + '+'.join(['(' * 80 + '1' + ')' * 80] * 3000))\nwhile True: pass",
+    "slow compilation": "try: exec('x = ' + '+'.join(['(' * 80 + '1' + ')' * 80] * 3000))\nexcept RecursionError: pass  # Python 3.12\nwhile True: pass",
     "children in a row": "import os\nwhile True:\n    if os.fork(): os.wait()\n    else: os._exit(0)",
     "alarm": "import signal, time\nsignal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)\nsignal.signal(signal.SIGALRM, lambda *a: None)\nwhile True: time.sleep(1)",
 }

@@ -97,7 +97,7 @@ def test_plan_of_a_new_run_and_status_of_none(monkeypatch: pytest.MonkeyPatch, c
     assert "is not a run directory" in err
     (tmp_path / "config.yaml").write_text("defaults: []")
     code, _, err = trd("status", str(tmp_path), monkeypatch=monkeypatch, capsys=capsys)
-    assert (code, err) == (2, f"error: {tmp_path} is not a run directory: its config.yaml is of something else\n")
+    assert (code, err) == (2, f"error: {tmp_path / 'config.yaml'}: unknown key defaults: `trd run --keys` lists all keys\n")
 
 
 def test_a_summary_says_how_much_could_not_be_graded() -> None:

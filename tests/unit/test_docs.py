@@ -18,6 +18,12 @@ def commands() -> list[str]:
     return sorted({line.split("  #")[0].strip() for page in pages for line in COMMAND.findall(page.read_text(encoding="utf-8"))})
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where the user's own runs/ lie."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("command", commands())
 def test_command_composes(command: str) -> None:
     settings = [word for word in shlex.split(command) if "=" in word and not word.startswith(("-", "SGLANG_API_KEY"))]

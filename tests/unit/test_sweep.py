@@ -13,6 +13,12 @@ def labels(*overrides: str) -> list[str]:
     return [member.label for member in sweep.members(overrides)[1]]
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where the user's own runs/ lie."""
+    monkeypatch.chdir(tmp_path)
+
+
 def test_every_combination_is_a_run_with_a_folder_of_its_own(tmp_path: Path) -> None:
     folder, runs = sweep.members(["experiment=smoke", "method=trd,forward_kl", "seed=range(0,2)", f"run_dir={tmp_path}"])
     assert folder == tmp_path

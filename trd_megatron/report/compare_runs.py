@@ -10,13 +10,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trd_megatron.config import Config, from_dict, get, leaves
+from trd_megatron.config import Config, get, leaves, of_run
 from trd_megatron.errors import UserError
 from trd_megatron.evaluate import benchmarks
 from trd_megatron.evaluate.figures import Samples
 from trd_megatron.records import REFINED, TRAJECTORY
 from trd_megatron.report import tables
-from trd_megatron.run_dir import Manifest, RunDir, read_columns, read_config
+from trd_megatron.run_dir import Manifest, RunDir, read_columns
 
 GRADED = ("problem_id", "sample_index", "finish_reason", "passed", "verdict", "response_ids")
 
@@ -33,11 +33,7 @@ class Run:
     @staticmethod
     def read(path: Path) -> "Run":
         """Raises UserError if `path` is no run, or not finished."""
-        values = read_config(path)
-        try:
-            config = from_dict(values)
-        except UserError as error:
-            raise UserError(f"{path / 'config.yaml'}: {error}") from None
+        config = of_run(path)
         whole = RunDir(path, config.name)
         last = whole.in_round(config.rounds - 1, config.rounds)
         folders = {"evaluate/base": whole.in_round(0, config.rounds).eval / "base"}

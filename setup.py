@@ -14,7 +14,7 @@ setup(
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11,<3.12",
+    python_requires=">=3.11,<3.13",
     packages=[*find_packages(include=["trd_megatron", "trd_megatron.*"]), "trd_megatron.conf"],
     package_dir={"trd_megatron.conf": "conf"},
     package_data={

@@ -17,8 +17,7 @@ RUN python3 -m venv --without-pip --system-site-packages /opt/trd \
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY conf conf
 COPY trd_megatron trd_megatron
-# --ignore-requires-python: setup.py asks for 3.11, which is what we test; the base has 3.12.
-RUN python3 -m pip --python /opt/trd/bin/python install --no-deps --no-build-isolation --ignore-requires-python .
+RUN python3 -m pip --python /opt/trd/bin/python install --no-deps --no-build-isolation .
 ENV PATH=/opt/trd/bin:${PATH}
 COPY docker/check_learner.py ./
 RUN python check_learner.py "${TORCH_VERSION}" "${MEGATRON_CORE_VERSION}"

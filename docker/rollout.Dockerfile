@@ -20,8 +20,7 @@ RUN python3 -m venv --without-pip --system-site-packages /opt/trd \
 COPY setup.py pyproject.toml README.md LICENSE ./
 COPY conf conf
 COPY trd_megatron trd_megatron
-# --ignore-requires-python: setup.py asks for 3.11, which is what we test; the base has 3.12.
-RUN python3 -m pip --python /opt/trd/bin/python install --no-deps --no-build-isolation --ignore-requires-python .
+RUN python3 -m pip --python /opt/trd/bin/python install --no-deps --no-build-isolation .
 # The base may have a user of this number already.
 RUN (getent passwd 1000 || useradd --no-create-home --uid 1000 trd) \
     && install --directory --owner=1000 --group=1000 /home/trd /runs /cache

@@ -179,6 +179,8 @@ def test_what_was_launched_is_written_and_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("settings", [["cluster=slurm"], ["cluster=local"], ["cluster=slurm", "cluster.learner_image=l:1"]])
 def test_a_trd_that_no_job_would_find_is_refused(settings: list[str]) -> None:
     config = load(["experiment=smoke", *settings, "cluster.trd=/nowhere/trd --verbose"])
+    with pytest.raises(UserError, match=r"^cluster\.trd=: there is no such command here"):
+        check_trd(load(["experiment=smoke", *settings, "cluster.trd=''"]), jobs(config))
     with pytest.raises(UserError, match=r"cluster\.trd=/nowhere/trd --verbose: there is no such command here; give the path"):
         check_trd(config, jobs(config))
 

@@ -112,7 +112,8 @@ def check_trd(config: Config, jobs: Sequence[Job]) -> None:
     """Raises UserError if a job that runs in no container would not find cluster.trd; cluster.setup may bring it along."""
     cluster = config.cluster
     bare = cluster.kind == "local" or any((cluster.learner_image if job.trains else cluster.rollout_image) is None for job in jobs)
-    if bare and cluster.kind in ("local", "slurm") and not cluster.setup and shutil.which(shlex.split(cluster.trd)[0]) is None:
+    command = (shlex.split(cluster.trd) or [""])[0]
+    if bare and cluster.kind in ("local", "slurm") and not cluster.setup and shutil.which(command) is None:
         where = "this machine" if cluster.kind == "local" else "the file system that the nodes share"
         raise UserError(f"cluster.trd={cluster.trd}: there is no such command here; give the path of an environment's trd on {where}")
 

@@ -23,9 +23,9 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout_s: fl
     device: cpu (gloo) or cuda (nccl; rank r on GPU r). Results must lie in host memory. fn must be a function of a module (it is found again by name), arguments and results must pickle. The first rank that
     raises or dies ends the others; the RuntimeError holds its traceback. TimeoutError when they take longer than timeout_s.
     """
-    context: Any = multiprocessing.get_context("spawn" if device == "cuda" else "forkserver")
-    if device == "cpu":  # ranks are forked from a process that has imported Megatron already, and run nothing before
-        context.set_forkserver_preload(PRELOADED)
+    # Without a GPU ranks are forked from a process that has imported Megatron, and run nothing else: CUDA does not survive a fork.
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         ranks: dict[Connection, tuple[int, Any]] = {}
         results: dict[int, Any] = {}

@@ -122,7 +122,7 @@ def test_smoke_runs_on_this_machine_job_by_job(trd: Trd, nemo_home: Path, tmp_pa
     assert written and not [path for path in written if b"a-secret" in path.read_bytes()]
     assert json.loads((run_dir / "rollouts" / "manifest.json").read_text())["status"] == "done"
     status = trd("status", str(run_dir))
-    assert "Jobs on local" in status.stdout and status.stdout.count("succeeded") == 2
+    assert "Jobs on local" in status.stdout and "rollout" in status.stdout and status.stdout.count("succeeded") == 2
 
 
 def test_a_job_that_fails_ends_the_launch(trd: Trd, tmp_path: Path) -> None:

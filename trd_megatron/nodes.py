@@ -28,6 +28,7 @@ LEAVE_S = 60.0
 LOOK_EVERY_S = 0.2
 BEAT_EVERY_S = 1.0
 SILENT_S = 30.0  # a node that has not been heard of for so long is lost
+AWAY_S = 10.0  # after so long without a look, silence counts anew
 
 
 class NodeFailedError(RuntimeError):
@@ -158,6 +159,7 @@ class Leader:
         self._link = Link(place)
         self._asked = 0
         self._heard: dict[int, tuple[int | None, float]] = {}  # of each other node: its newest beat, and when that was first seen
+        self._looked = 0.0  # when `check` last ended
         for rank in range(1, place.count):
             self._value(rank, self._link.wait(f"here/{rank}", MEET_S))
 
@@ -186,6 +188,8 @@ class Leader:
 
     def check(self) -> None:
         """Raises NodeFailedError if a node is lost: killed, or out of reach. To be called again and again."""
+        if time.monotonic() - self._looked > AWAY_S:
+            self._heard.clear()  # nobody has looked for a while: rollouts were drawn, or this machine was suspended, with the others
         for rank in range(1, self.place.count):
             beat, now = self._link.get(f"alive/{rank}"), time.monotonic()
             last, since = self._heard.get(rank, (None, now))
@@ -193,6 +197,7 @@ class Leader:
                 self._heard[rank] = beat, now
             elif now - since > SILENT_S:
                 raise NodeFailedError(f"node {rank} has not been heard of for {SILENT_S:.0f} s: it was killed, or the network is gone")
+        self._looked = time.monotonic()
 
     def _value(self, rank: int, answer: dict[str, Any]) -> Any:
         if "error" in answer:

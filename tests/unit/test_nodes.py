@@ -154,6 +154,10 @@ def test_a_node_that_falls_silent_is_lost(monkeypatch: pytest.MonkeyPatch) -> No
         time.sleep(0.05)
     leave.set()
     thread.join(20)
+    leader.check()
+    monkeypatch.setattr(nodes, "AWAY_S", 0.5)
+    time.sleep(1.5)  # as if node 0 had been suspended: it gives the others time to be heard of again
+    leader.check()
     with pytest.raises(NodeFailedError, match="node 1 has not been heard of for 1 s"):
         leader.answers(leader.ask("nothing"), 20)
 

@@ -202,7 +202,8 @@ def test_a_trd_that_is_there_or_may_be_is_not(settings: list[str]) -> None:
 def test_a_nemo_launchers_configuration_becomes_ours() -> None:
     values = {
         "experiment": "smoke",
-        "overrides": {"method": "forward_kl", "run_dir": "x y", "learner": {"lora": {"rank": 8}}, "learner.epochs": 2},
+        "overrides": {"method": "forward_kl", "run_dir": "x y", "learner": {"lora": {"rank": 8}}, "learner.epochs": 2,
+                      "student": {"chat_template_kwargs": {}}},
         "stages": ["rollout", "train"],
         "base_results_dir": "/r",
         "container": "a:1", "rollout_container": None, "container_mounts": ["/d:/d"],
@@ -216,6 +217,7 @@ def test_a_nemo_launchers_configuration_becomes_ours() -> None:
     assert (config.cluster.learner_image, config.cluster.rollout_image) == ("a:1", "a:1")
     assert config.cluster.env == {"A": "b c", "B": "true", "C": "x\\y"}
     assert (config.learner.lora.rank, config.learner.epochs) == (8, 2)
+    assert "student.chat_template_kwargs={}" in words
     assert config.cluster.sbatch == {"qos": "high"} and config.cluster.mounts == ["/d:/d"]
     assert (config.method.name, config.run_dir, config.cluster.time_limit) == ("forward_kl", "x y", "04:00:00")
     with pytest.raises(ValueError, match=r"cluster\.type=pbs"):

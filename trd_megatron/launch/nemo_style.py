@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trd_megatron.config import quoted
+from trd_megatron.config import leaves, quoted
 
 KINDS = {"bcm": "slurm", "k8s": "kubernetes", "interactive": "local"}
 
@@ -30,12 +30,15 @@ def arguments(values: Mapping[str, Any]) -> list[str]:
 
 
 def _flat(overrides: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value): what Hydra nests in a command line's +overrides.learner.learning_rate=1e-5."""
-    for key, value in overrides.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{before}{key}.")
+    """(dotted key, value): what Hydra nests in a command line's +overrides.learner.learning_rate=1e-5. A setting that is a mapping itself
+    stays whole."""
+    settings = dict(leaves())
+    for name, value in overrides.items():
+        key = f"{before}{name}"
+        if isinstance(value, Mapping) and key not in settings:
+            yield from _flat(value, f"{key}.")
         else:
-            yield f"{before}{key}", value
+            yield key, value
 
 
 def launch(values: Mapping[str, Any]) -> int:

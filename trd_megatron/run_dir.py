@@ -308,9 +308,9 @@ def shard_path(folder: Path, index: int) -> Path:
 def write_parquet(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema) -> int:
     """Writes rows atomically, ROW_GROUP of them in memory at a time, and returns how many they were. A missing key or a wrong type
     raises before anything is replaced."""
-    count = 0
+    count, remaining = 0, iter(rows)
     with atomic_write(path, "wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        for group in batched(rows, ROW_GROUP):
+        while group := list(islice(remaining, ROW_GROUP)):
             table = pa.Table.from_pylist(group, schema=schema)
             for name in schema.names:
                 if not schema.field(name).nullable and table.column(name).null_count:
@@ -318,13 +318,6 @@ def write_parquet(path: Path, rows: Iterable[dict[str, Any]], schema: pa.Schema)
             writer.write_table(table)
             count += len(group)
     return count
-
-
-def batched(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    """Lists of `size` rows, the last with what is left."""
-    remaining = iter(rows)
-    while group := list(islice(remaining, size)):
-        yield group
 
 
 @contextlib.contextmanager

@@ -108,7 +108,7 @@ def write(config: Config, run_dir: RunDir, folder: Path) -> Prepared:
     student = resolve_model(config.model.path)
     chat = Chat(student, config.data.prompt_format, config.student.chat_template_kwargs)
     Job(to_dict(config), str(student), teacher, chat.epistemic_ids(config.task)).write(folder)
-    counts: dict[str, Any] = {f"left_out_{name}": count for name, count in left_out.items()}
+    counts: dict[str, Any] = {f"left_out_{name}": left for name, left in left_out.items()}
     counts["layers"] = announce(config.learner)
     return Prepared(folder, config.learner, step_count(count - held_out, config.learner), counts)
 
